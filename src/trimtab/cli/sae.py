@@ -1,0 +1,234 @@
+"""`trimtab sae train|eval|explain|show`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trimtab.cli.models import Dtype, load_model
+from trimtab.core.checkpoint import write_file
+from trimtab.core.errors import TrimtabError
+from trimtab.core.progress import Progress
+from trimtab.core.text import TextSource
+from trimtab.gallery.dictionaries import dictionary_page, place_of, read_history, training_curves
+from trimtab.gallery.report import MAX_LATENTS, render
+from trimtab.sae.config import DictionaryConfig, TrainingConfig
+from trimtab.sae.explanations import latents_of_text
+from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShardSource
+from trimtab.sae.metrics import evaluate as evaluate_sae
+from trimtab.sae.modeling import TopKSAE
+from trimtab.sae.plan import plan
+from trimtab.sae.trainer import train as train_dictionaries
+
+__all__ = ["evaluate", "explain", "show", "train"]
+
+
+def train(
+    *,
+    model: str,
+    text: str,
+    places: list[str],
+    out: Path,
+    n_latents: list[int] = [4096],  # noqa: B006 (never changed; jsonargparse shows it as the default)
+    k: list[int] = [32],  # noqa: B006
+    seeds: list[int] = [0],  # noqa: B006
+    target: str | None = None,
+    column: str | None = None,
+    split: str = "train",
+    dtype: Dtype = "float32",
+    cache: Path | None = None,
+    layers: str | None = None,
+    allow_previous: bool = False,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    training: TrainingConfig,
+    harvest: HarvestConfig,
+) -> None:
+    """Train dictionaries on a model's activations: one for every place, size, k and seed, in one pass of the model.
+
+    Run again with the same options, it goes on from the last checkpoint under `out`.
+
+    Args:
+        model: folder or hub name of a transformers model
+        text: text file, folder, .jsonl/.csv/.parquet file, saved dataset, or name on the hub (owner/name:config)
+        places: activations to read, such as resid.6 attn.6 mlp.6 embed
+        out: directory of the run
+        n_latents: sizes of dictionaries
+        k: latents that a token may use
+        seeds: seeds of initial weights
+        target: activation to write, for transcoders; default: the one that is read
+        column: field of the examples that holds text or conversations
+        split: split of a named dataset
+        dtype: of the language model
+        cache: directory that keeps the activations for further runs
+        layers: dotted path of the model's list of blocks, for unknown architectures
+        allow_previous: if the last checkpoint is damaged, use the one before it
+        trust_remote_code: run code that comes with the model
+        dry_run: say what would run, how long, with how much memory and disk; then stop
+    """
+    dictionaries = [
+        DictionaryConfig(place=place, n_latents=size, k=active, target=target, seed=seed)
+        for place, size, active, seed in itertools.product(places, n_latents, k, seeds)
+    ]
+    lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    source = TextSource(text, column=column, split=split, chat_tokenizer=tokenizer)
+    needed = [place for dictionary in dictionaries for place in dictionary.places]
+    live = Harvest(lm, tokenizer, source, needed, harvest, layers=layers)
+    if dry_run:
+        print(plan(dictionaries, live, training, cached=cache is not None))
+        return
+    shards: ShardSource = live if cache is None else ShardCache(live, cache)
+    finished = train_dictionaries(dictionaries, shards, training, out, allow_previous=allow_previous)
+    table = Table(
+        "dictionary", "loss", "L0", "dead", title=f"trained on {training.steps * training.batch_size:,} tokens"
+    )
+    for name, sae in finished.items():
+        final = sae.config.metadata["trimtab"]["final"]
+        table.add_row(str(out / name), f"{final['loss']:.4f}", f"{final['l0']:.1f}", f"{final['dead_fraction']:.1%}")
+    Console().print(table)
+
+
+def evaluate(
+    directory: Path,
+    *,
+    text: str,
+    model: str | None = None,
+    column: str | None = None,
+    split: str = "train",
+    dtype: Dtype = "float32",
+    layers: str | None = None,
+    tokens: int = 32_768,
+    ce_tokens: int = 8_192,
+) -> None:
+    """Measure a dictionary on text, best on one that it was not trained on; writes DIRECTORY/evaluation.json.
+
+    Args:
+        directory: a dictionary, as `trimtab sae train` writes them
+        text: as for `trimtab sae train`
+        model: folder or hub name; default: the one that the dictionary was trained on
+        column: field of the examples that holds text or conversations
+        split: split of a named dataset
+        dtype: of the language model
+        layers: dotted path of the model's list of blocks, for unknown architectures
+        tokens: tokens for explained variance, L0 and densities
+        ce_tokens: tokens for the loss of the model with the reconstruction spliced in
+    """
+    sae, place, target = _open(directory)
+    live = _harvest(sae, place, target, model, TextSource(text, column=column, split=split), dtype, layers)
+    with Progress("evaluating", tokens, "tokens") as bar:
+        evaluation = evaluate_sae(
+            sae, live, place=place, target=target, tokens=tokens, ce_tokens=ce_tokens, advance=bar.advance
+        )
+    write_file(directory / "evaluation.json", json.dumps(evaluation.summary(), indent=2).encode())
+    table = Table("measure", "value", title=str(directory))
+    for name, value in evaluation.summary().items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    Console().print(table)
+
+
+def explain(
+    directory: Path,
+    *,
+    text: str,
+    model: str | None = None,
+    column: str | None = None,
+    split: str = "train",
+    dtype: Dtype = "float32",
+    layers: str | None = None,
+    tokens: int = 131_072,
+    n_latents: int = 2_000,
+    contexts: int = 8,
+) -> None:
+    """Find what latents respond to; writes DIRECTORY/latents.json and the page DIRECTORY/report.html.
+
+    Args:
+        directory: a dictionary, as `trimtab sae train` writes them
+        text: as for `trimtab sae train`
+        model: folder or hub name; default: the one that the dictionary was trained on
+        column: field of the examples that holds text or conversations
+        split: split of a named dataset
+        dtype: of the language model
+        layers: dotted path of the model's list of blocks, for unknown architectures
+        tokens: tokens of text to look through
+        n_latents: latents to explain, at most 2,000
+        contexts: contexts for each latent
+    """
+    if not 1 <= n_latents <= MAX_LATENTS:
+        raise TrimtabError(f"n_latents={n_latents} must lie between 1 and {MAX_LATENTS}")
+    sae, place, target = _open(directory)
+    live = _harvest(sae, place, target, model, TextSource(text, column=column, split=split), dtype, layers)
+    with Progress("explaining", tokens, "tokens") as bar:
+        page = dictionary_page(
+            sae,
+            live,
+            place=place,
+            curves=training_curves(read_history(directory.parent), directory.name),
+            tokens=tokens,
+            n_latents=n_latents,
+            contexts=contexts,
+            advance=bar.advance,
+        )
+    write_file(directory / "latents.json", page.to_json().encode())
+    report = render(directory / "report.html", title=page.title, results=None, dictionaries=[page])
+    print(f"{len(page.latents)} latents: {report}")
+
+
+def show(
+    directory: Path,
+    *,
+    prompt: str,
+    model: str | None = None,
+    dtype: Dtype = "float32",
+    layers: str | None = None,
+    top: int = 5,
+) -> None:
+    """Show which latents fire on a text, token by token, and the tokens that each promotes.
+
+    Args:
+        directory: a dictionary, as `trimtab sae train` writes them
+        prompt: the text
+        model: folder or hub name; default: the one that the dictionary was trained on
+        dtype: of the language model
+        layers: dotted path of the model's list of blocks, for unknown architectures
+        top: latents of a token to show
+    """
+    sae, place, _ = _open(directory)
+    lm, tokenizer = load_model(_model_name(sae, model), dtype)
+    table = Table("token", f"strongest {top} of at most {sae.config.k} latents", title=f"{directory}, {place}")
+    for row in latents_of_text(sae, lm, tokenizer, prompt, place=place, layers=layers):
+        latents = "  ".join(f"{latent}: {value:.3g}" for latent, value in row.latents[:top])
+        table.add_row(repr(tokenizer.decode([row.token_id])), latents or "(not read)")
+    Console().print(table)
+
+
+def _open(directory: Path) -> tuple[TopKSAE, str, str | None]:
+    """The dictionary, the place that it reads, and the one that it writes if another."""
+    sae = TopKSAE.from_pretrained(directory)
+    return (sae, *place_of(sae))
+
+
+def _harvest(
+    sae: TopKSAE,
+    place: str,
+    target: str | None,
+    model: str | None,
+    source: TextSource,
+    dtype: Dtype,
+    layers: str | None,
+) -> Harvest:
+    """The model's activations on `source`, harvested as for the dictionary's training where that is known."""
+    lm, tokenizer = load_model(_model_name(sae, model), dtype)
+    source.chat_tokenizer = tokenizer
+    trained = sae.config.metadata.get("trimtab", {}).get("activations", {}).get("harvest", {})
+    return Harvest(lm, tokenizer, source, [place, target or place], HarvestConfig(**trained), layers=layers)
+
+
+def _model_name(sae: TopKSAE, model: str | None) -> str:
+    name = model or sae.config.metadata.get("model_name")
+    if not name:
+        raise TrimtabError("the dictionary's cfg.json does not name its model: give --model")
+    return str(name)

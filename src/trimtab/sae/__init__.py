@@ -1,0 +1,31 @@
+"""Sparse dictionaries of a model's activations: harvest, train, measure, explain, exchange.
+
+    harvest = Harvest(model, tokenizer, TextSource("text.txt"), ["resid.9"])
+    dictionary = DictionaryConfig(place="resid.9", n_latents=4096, k=32)
+    saes = train([dictionary], harvest, TrainingConfig(tokens=300_000), "runs/a")
+    evaluate(saes["resid.9"], harvest, place="resid.9")
+
+`functional` holds the formulas on tensors, `modeling` the module, `formats` the files that SAELens and sparsify read.
+"""
+
+from trimtab.sae.config import DictionaryConfig, TrainingConfig
+from trimtab.sae.explanations import explain
+from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, TensorShards
+from trimtab.sae.metrics import evaluate, splice
+from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
+from trimtab.sae.trainer import train
+
+__all__ = [
+    "DictionaryConfig",
+    "Harvest",
+    "HarvestConfig",
+    "ShardCache",
+    "TensorShards",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "TrainingConfig",
+    "evaluate",
+    "explain",
+    "splice",
+    "train",
+]

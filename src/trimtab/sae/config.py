@@ -1,0 +1,120 @@
+"""What a training run of dictionaries is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab.core.errors import TrimtabError, unknown
+from trimtab.sae.kernels import Precision
+
+__all__ = ["DictionaryConfig", "TrainingConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryConfig:
+    """One dictionary of a run.
+
+    place: the activation that it reads, such as "resid.9".
+    n_latents, k: size of the dictionary; latents that a token may use.
+    target: the activation that it writes; None for `place` itself, another place makes a transcoder.
+    seed: of its initial weights.
+    """
+
+    place: str
+    n_latents: int
+    k: int
+    target: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_latents < 1:
+            raise TrimtabError(f"n_latents={self.n_latents} must be at least 1")
+        if not 1 <= self.k <= self.n_latents:
+            raise TrimtabError(f"k={self.k} must lie between 1 and n_latents={self.n_latents}")
+        if self.target == self.place:
+            raise TrimtabError(f"target={self.target!r} is the place itself; leave target out for an autoencoder")
+        if self.seed < 0:
+            raise TrimtabError(f"seed={self.seed} must not be negative")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The activations that it needs."""
+        return (self.place,) if self.target is None else (self.place, self.target)
+
+    @property
+    def output(self) -> str:
+        """The activation that it writes."""
+        return self.target or self.place
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How dictionaries are trained: the recipe of Gao et al. (2024), with the schedule of KronSAE, section 2.6.
+
+    Activations are scaled to a mean square of 1 per feature about their mean, which is where the decoder's bias
+    starts; the scale is folded into the weights at the end. Learning rates hold in those units.
+
+    tokens: how many activations each dictionary sees; a last incomplete batch is left out.
+    batch_size: activations of one step, over all processes.
+    learning_rate: peak of AdamW (betas 0.9, 0.999, no weight decay): linear warm-up over the first `warmup` of the
+        steps, then a cosine to `final_learning_rate`.
+    alpha: weight of AuxK, 0 for none. k_aux: dead latents that AuxK uses for a token; None for the power of two
+        nearest to half the width.
+    dead_after: tokens without firing that make a latent dead; None for a tenth of `tokens`.
+    apply_b_dec_to_input: subtract the decoder's bias from the input (never for a transcoder).
+    unit_norm_decoder: keep decoder rows at norm 1 in every step, and take the parallel part out of their gradient.
+    grad_clip: largest norm of a dictionary's gradient; None for no clipping.
+    precision: of the encoder's product; see `trimtab.sae.kernels.top_products`.
+    seed: of the order of activations.
+    checkpoint_every: steps between checkpoints. keep_last: how many stay.
+    log_every: steps between entries of the history. report_to: trackers that accelerate knows, such as "tensorboard".
+    """
+
+    tokens: int
+    batch_size: int = 2048
+    learning_rate: float = 8e-4
+    warmup: float = 0.1
+    final_learning_rate: float = 1e-6
+    alpha: float = 1 / 32
+    k_aux: int | None = None
+    dead_after: int | None = None
+    apply_b_dec_to_input: bool = True
+    unit_norm_decoder: bool = True
+    grad_clip: float | None = 1.0
+    precision: Precision = "float32"
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    log_every: int = 10
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "checkpoint_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise TrimtabError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if self.tokens < self.batch_size:
+            raise TrimtabError(f"tokens={self.tokens} is less than one batch of batch_size={self.batch_size}")
+        if not self.learning_rate > 0:
+            raise TrimtabError(f"learning_rate={self.learning_rate!r} must be positive")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise TrimtabError(f"final_learning_rate={self.final_learning_rate!r} must lie between 0 and learning_rate")
+        if not 0 <= self.warmup <= 1:
+            raise TrimtabError(f"warmup={self.warmup!r} must lie between 0 and 1")
+        if not self.alpha >= 0:
+            raise TrimtabError(f"alpha={self.alpha!r} must be 0 or above")
+        for name in ("k_aux", "dead_after", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise TrimtabError(f"{name}={value!r} must be positive, or None")
+        if self.precision not in ("float32", "screened", "bfloat16"):
+            raise unknown("precision", self.precision, ("float32", "screened", "bfloat16"))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.tokens // self.batch_size
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """`dead_after`, or its default."""
+        return self.dead_after if self.dead_after is not None else max(1, self.tokens // 10)

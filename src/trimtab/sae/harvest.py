@@ -1,0 +1,389 @@
+"""Activations of a language model, in an order that can be rebuilt from a seed and two numbers.
+
+Text is packed into sequences (`trimtab.core.text`); a fixed number of sequences is one *shard*; a shard's
+activations are those of its tokens, special tokens left out, several places in one forward pass that stops after the
+last of them. Shards come from the model (`Harvest`), from disk (`ShardCache`) or from tensors (`TensorShards`).
+
+`ShuffledActivations` mixes them. Shard i is permuted and cut in halves A_i, B_i. Round i serves a permutation of
+B_{i-1} and A_i, so that every batch mixes the sequences of two shards, and no row is served twice or lost in between.
+Permutations depend on (seed, i) alone: round i can be rebuilt from shards i-1 and i, whatever was served before, and a
+run resumes with the very same batches from the pair (round, offset).
+
+Attention sinks: a few tokens (often the first) carry activations a hundred times larger than the rest, which would
+make up most of the variance and teach a dictionary nothing. `sink_norm_ratio` leaves out a token whose norm at any of
+the places exceeds that many times the median norm there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Int
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from trimtab.core import activations as act
+from trimtab.core.checkpoint import write_file
+from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.text import TextPosition, TextSource, pack, position_from_json
+
+__all__ = ["Harvest", "HarvestConfig", "ShardCache", "ShardSource", "ShuffledActivations", "TensorShards"]
+
+
+class ShardSource(Protocol):
+    """Numbered shards of activations, each {place: [rows, width]}, the rows of all places aligned."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell this source from any that yields other rows."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The names of the activations."""
+
+    def shard(self, index: int) -> dict[str, Tensor]:
+        """Shard `index` from 0. Deterministic: the same index gives the same rows."""
+
+    def state(self, index: int) -> dict[str, Any]:
+        """JSON values from which `restore` makes shard `index` and its followers cheap to reach."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """How text becomes activations.
+
+    context: tokens of a packed sequence.
+    sequences_per_forward: how many go through the model at once.
+    shard_tokens: about how many tokens make one shard; memory holds up to three shards.
+    sink_norm_ratio: leave out tokens whose norm exceeds this many times the median norm; None keeps all.
+    """
+
+    context: int = 256
+    sequences_per_forward: int = 8
+    shard_tokens: int = 32_768
+    sink_norm_ratio: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("context", "sequences_per_forward", "shard_tokens"):
+            if getattr(self, name) < 1:
+                raise TrimtabError(f"{name}={getattr(self, name)!r} must be at least 1")
+        if self.sink_norm_ratio is not None and not self.sink_norm_ratio > 1:
+            raise TrimtabError(f"sink_norm_ratio={self.sink_norm_ratio!r} must be above 1, or None to keep all tokens")
+
+    @property
+    def sequences_per_shard(self) -> int:
+        """Sequences of one shard."""
+        return -(-self.shard_tokens // self.context)
+
+
+class Forward(NamedTuple):
+    """One forward pass: `input_ids` and `keep` [sequences, context], activations {place: [sequences, context, width]}.
+
+    `keep` is False at special tokens and at attention sinks. `following` is where the text goes on.
+    """
+
+    input_ids: Int[Tensor, "sequences context"]
+    keep: Bool[Tensor, "sequences context"]
+    activations: dict[str, Tensor]
+    following: TextPosition
+
+
+class Harvest:
+    """Shards of a model's activations at several places, from text.
+
+    model: any transformers model that `trimtab.core.activations` understands, in any dtype, quantised or not.
+    places: names such as "resid.9"; see `trimtab.core.activations.Place`.
+    layers: for unknown architectures, the model's list of blocks or its dotted path.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        source: TextSource,
+        places: Sequence[str],
+        config: HarvestConfig | None = None,
+        *,
+        layers: nn.ModuleList | str | None = None,
+    ) -> None:
+        if not places:
+            raise TrimtabError("places=[] names nothing to harvest; give at least one, such as 'resid.6'")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.source = source
+        self.config = config or HarvestConfig()
+        self.layers = layers
+        known = {str(place) for place in act.places(model, layers)}
+        self.places = tuple(dict.fromkeys(str(act.Place.parse(place)) for place in places))
+        for place in self.places:
+            if place not in known:
+                raise unknown("place", place, sorted(known))
+        self._starts = {0: TextPosition()}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        model_config = getattr(self.model, "config", None)
+        described = model_config.to_json_string() if model_config is not None else type(self.model).__name__
+        return {
+            "model": str(getattr(model_config, "_name_or_path", "") or type(self.model).__name__),
+            "model_sha256": hashlib.sha256(described.encode()).hexdigest(),
+            "text": self.source.name,
+            "places": list(self.places),
+            "harvest": asdict(self.config),
+            "prepend_bos": self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id],
+        }
+
+    def shard(self, index: int) -> dict[str, Tensor]:
+        rows: dict[str, list[Tensor]] = {place: [] for place in self.places}
+        for forward in self.forwards(self._start_of(index), repeat=True, sequences=self.config.sequences_per_shard):
+            for place, states in forward.activations.items():
+                rows[place].append(states[forward.keep])
+            self._starts[index + 1] = forward.following
+        shard = {place: torch.cat(parts) for place, parts in rows.items()}
+        for place, states in shard.items():
+            if not torch.isfinite(states).all():
+                raise TrimtabError(f"activations at place {place!r} hold NaN or infinity in shard {index} of the text")
+        return shard
+
+    def forwards(
+        self, start: TextPosition | None = None, *, repeat: bool = False, sequences: int | None = None
+    ) -> Iterator[Forward]:
+        """Forward passes over packed text from `start`, for at most `sequences` sequences."""
+        packed = itertools.islice(
+            pack(self.source, self.tokenizer, self.config.context, start=start, repeat=repeat), sequences
+        )
+        device = next(self.model.parameters()).device
+        for batch in iter(lambda: list(itertools.islice(packed, self.config.sequences_per_forward)), []):
+            ids = torch.stack([s.input_ids for s in batch]).to(device)
+            keep = torch.stack([s.keep for s in batch]).to(device)
+            with torch.no_grad():
+                states = act.read(self.model, self.places, {"input_ids": ids}, layers=self.layers)
+            yield Forward(ids, keep & ~self._sinks(states, keep), states, batch[-1].following)
+
+    def _sinks(self, states: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+        """Which tokens are attention sinks at one of the places, judged within one forward pass."""
+        sinks = torch.zeros_like(keep)
+        if self.config.sink_norm_ratio is None or not keep.any():
+            return sinks
+        for tensor in states.values():
+            norms = tensor.float().norm(dim=-1)
+            sinks |= norms > self.config.sink_norm_ratio * norms[keep].median()
+        return sinks
+
+    def _start_of(self, index: int) -> TextPosition:
+        """Where shard `index` begins; found by packing, without the model, from the nearest shard that is known."""
+        nearest = max(i for i in self._starts if i <= index)
+        for i in range(nearest, index):
+            sequences = pack(self.source, self.tokenizer, self.config.context, start=self._starts[i], repeat=True)
+            for sequence in itertools.islice(sequences, self.config.sequences_per_shard):
+                self._starts[i + 1] = sequence.following
+        return self._starts[index]
+
+    def state(self, index: int) -> dict[str, Any]:
+        position = self._start_of(index)
+        return {"shard": index, "start": [position.epoch, position.piece, position.token]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._starts[int(state["shard"])] = position_from_json(state["start"])
+
+
+class TensorShards:
+    """Shards of activations that are already in memory: {place: [rows, width]}, passed over again and again."""
+
+    def __init__(self, activations: Mapping[str, Tensor], *, shard_rows: int = 32_768) -> None:
+        lengths = {place: len(tensor) for place, tensor in activations.items()}
+        if not lengths or len(set(lengths.values())) > 1 or not min(lengths.values()):
+            raise TrimtabError(f"activations of lengths {lengths}: accepted are one or more of equal length above 0")
+        for place, tensor in activations.items():
+            if not torch.isfinite(tensor).all():
+                raise TrimtabError(f"activations at place {place!r} hold NaN or infinity")
+        self._activations = dict(activations)
+        self._shards = -(-next(iter(lengths.values())) // shard_rows)
+        self._shard_rows = shard_rows
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        shapes = {place: list(tensor.shape) for place, tensor in self._activations.items()}
+        return {"tensors": shapes, "shard_rows": self._shard_rows}
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(self._activations)
+
+    def shard(self, index: int) -> dict[str, Tensor]:
+        start = index % self._shards * self._shard_rows
+        return {place: tensor[start : start + self._shard_rows] for place, tensor in self._activations.items()}
+
+    def state(self, index: int) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class ShardCache:
+    """Shards kept on disk as safetensors: read where they are there, else taken from `source` and written.
+
+    The directory belongs to one source: another identity is refused. An interrupted harvest goes on where it stopped,
+    since each file appears whole or not at all, and a finished one is read by any number of trainings.
+    dtype: what the files hold; None keeps the source's.
+    """
+
+    def __init__(self, source: ShardSource, directory: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        self._source = source
+        self._directory = Path(directory)
+        self._dtype = dtype
+        self._directory.mkdir(parents=True, exist_ok=True)
+        described = {**source.identity, "dtype": str(dtype) if dtype else None}
+        index = self._directory / "cache.json"
+        if index.exists():
+            _same_identity(json.loads(index.read_text("utf-8")), described, str(self._directory))
+        else:
+            write_file(index, json.dumps(described, indent=2).encode())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self._source.identity, "dtype": str(self._dtype) if self._dtype else None}
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self._source.places
+
+    def shard(self, index: int) -> dict[str, Tensor]:
+        path = self._directory / f"shard-{index:06d}.safetensors"
+        if not path.exists():
+            shard = self._source.shard(index)
+            stored = {
+                place: tensor.to(self._dtype or tensor.dtype).cpu().contiguous() for place, tensor in shard.items()
+            }
+            following = json.dumps(self._source.state(index + 1))
+            write_file(path, serialize(stored, {"sha256": _digest(stored), "following": following}))
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = file.metadata() or {}
+                shard = {place: file.get_tensor(place) for place in self.places}
+        except Exception as error:
+            raise TrimtabError(
+                f"cached shard {str(path)!r} cannot be read ({error}); delete it to harvest it anew"
+            ) from error
+        if notes.get("sha256") != _digest(shard):
+            raise TrimtabError(
+                f"cached shard {str(path)!r} was altered: its checksum differs; delete it to harvest it anew"
+            )
+        self._source.restore(json.loads(notes["following"]))
+        return shard
+
+    def state(self, index: int) -> dict[str, Any]:
+        return self._source.state(index)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._source.restore(state)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for place in sorted(tensors):
+        digest.update(f"{place} {tuple(tensors[place].shape)} {tensors[place].dtype}".encode())
+        digest.update(tensors[place].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _same_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise TrimtabError(
+                f"{where!r} holds activations of another harvest: {key} is {found.get(key)!r} there, "
+                f"{wanted.get(key)!r} here"
+            )
+
+
+class ShuffledActivations:
+    """Batches of exactly `batch_size` rows, {place: [batch_size, width]}, without end.
+
+    rank, world: this process takes shards rank, rank + world, …
+    """
+
+    def __init__(self, shards: ShardSource, *, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+        if batch_size < 1:
+            raise TrimtabError(f"batch_size={batch_size!r} must be at least 1")
+        self.shards = shards
+        self.batch_size = batch_size
+        self._seed = seed
+        self._rank, self._world = rank, world
+        self._round, self._offset = 0, 0
+        self._rows: dict[str, Tensor] | None = None
+        self._kept: tuple[int, dict[str, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        parts: list[dict[str, Tensor]] = []
+        missing, fruitless = self.batch_size, 0
+        while missing:
+            rows = self._round_rows()
+            part = {place: tensor[self._offset : self._offset + missing] for place, tensor in rows.items()}
+            taken = len(next(iter(part.values())))
+            fruitless = 0 if taken else fruitless + 1
+            if fruitless > 2:
+                raise TrimtabError("the text yields no activations: every token is special or an attention sink")
+            parts.append(part)
+            missing -= taken
+            self._offset += taken
+            if missing:
+                self._round, self._offset, self._rows = self._round + 1, 0, None
+        return {place: torch.cat([part[place] for part in parts]) for place in self.shards.places}
+
+    def peek(self) -> dict[str, Tensor]:
+        """The rows of the present round, none of them served by this: enough to measure means and scales."""
+        return self._round_rows()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values: the next row to be served, and where the text of its shards begins."""
+        earlier = max(self._round - 1, 0)
+        return {
+            "round": self._round,
+            "offset": self._offset,
+            "shards": self.shards.state(earlier * self._world + self._rank),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`: the next batch is the one that would have followed."""
+        self.shards.restore(state["shards"])
+        self._round, self._offset = int(state["round"]), int(state["offset"])
+        self._rows, self._kept = None, None
+
+    def _round_rows(self) -> dict[str, Tensor]:
+        if self._rows is None:
+            parts = [self._half(self._round - 1, 1)] if self._round else []
+            parts.append(self._half(self._round, 0))
+            joined = {place: torch.cat([part[place] for part in parts]) for place in self.shards.places}
+            self._rows = self._permuted(joined, 2 * self._round + 1)
+        return self._rows
+
+    def _half(self, index: int, half: int) -> dict[str, Tensor]:
+        """Half A (0) or B (1) of this process's shard `index`."""
+        if self._kept is None or self._kept[0] != index:
+            shard = self.shards.shard(index * self._world + self._rank)
+            self._kept = (index, self._permuted(shard, 2 * index))
+        middle = len(next(iter(self._kept[1].values()))) // 2
+        cut = slice(None, middle) if half == 0 else slice(middle, None)
+        return {place: tensor[cut] for place, tensor in self._kept[1].items()}
+
+    def _permuted(self, rows: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {self._rank} {number}".encode()).digest()[:8]) >> 1
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(next(iter(rows.values()))), generator=generator)
+        return {place: tensor[order.to(tensor.device)] for place, tensor in rows.items()}

@@ -1,0 +1,171 @@
+"""One dictionary in training: what changes from step to step, and the step itself.
+
+Everything is in scaled units, in which activations have a mean square of 1 per feature about their mean; `finished`
+folds the scales into the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trimtab.core.errors import TrimtabError
+from trimtab.sae.config import DictionaryConfig, TrainingConfig
+from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """One dictionary in training: weights in scaled units, their gradients and optimiser, and who fires."""
+
+    def __init__(
+        self,
+        config: DictionaryConfig,
+        training: TrainingConfig,
+        widths: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.config, self.training = config, training
+        self.input_scale = self.output_scale = 1.0
+        shape = TopKSAEConfig(
+            d_in=widths[0],
+            d_out=widths[1],
+            n_latents=config.n_latents,
+            k=config.k,
+            transcoder=config.target is not None,
+            apply_b_dec_to_input=training.apply_b_dec_to_input and config.target is None,
+        )
+        self.sae = TopKSAE(shape, seed=config.seed).to(device)
+        self.k_aux = training.k_aux or 2 ** round(math.log2(max(widths[1] / 2, 1)))
+        self.weights = self.sae.weights
+        self.gradients = Weights(*(torch.zeros_like(weight) for weight in self.weights))
+        for weight, gradient in zip(self.weights, self.gradients, strict=True):
+            weight.grad = gradient
+        self.optimizer = torch.optim.AdamW(self.weights, lr=0.0, weight_decay=0.0, fused=True)
+        self.silent_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=device)
+        self.fired = torch.zeros_like(self.silent_tokens)
+        self.losses: dict[str, float] = {}
+
+    @classmethod
+    def begin(cls, config: DictionaryConfig, training: TrainingConfig, rows: Mapping[str, Tensor]) -> Learner:
+        """A fresh dictionary whose scales, biases and first reconstructions fit `rows`."""
+        source, target = rows[config.place].float(), rows[config.output].float()
+        self = cls(config, training, (source.shape[1], target.shape[1]), source.device)
+        self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
+        source, target = source / self.input_scale, target / self.output_scale
+        sae = self.sae
+        with torch.no_grad():
+            sae.decoder_bias.copy_(target.mean(0))
+            if not sae.config.apply_b_dec_to_input:
+                sae.encoder_bias.copy_(-(sae.encoder @ source.mean(0)))
+            found = (sae(source[:1024]) - sae.decoder_bias).norm()
+            if found > 0:
+                ratio = (target[:1024] - sae.decoder_bias).norm() / found
+                sae.encoder.mul_(ratio)
+                sae.encoder_bias.mul_(ratio)
+        return self
+
+    @classmethod
+    def resume(
+        cls, config: DictionaryConfig, training: TrainingConfig, state: dict[str, Any], device: torch.device
+    ) -> Learner:
+        """The dictionary that `state()` described."""
+        weights = state["weights"]
+        self = cls(config, training, (weights["encoder"].shape[1], weights["decoder"].shape[1]), device)
+        self.sae.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.silent_tokens.copy_(state["silent_tokens"])
+        self.fired.copy_(state["fired"])
+        self.input_scale, self.output_scale = state["scales"]
+        self.losses = state["losses"]
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """All that `resume` needs."""
+        return {
+            "weights": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "silent_tokens": self.silent_tokens,
+            "fired": self.fired,
+            "scales": [self.input_scale, self.output_scale],
+            "losses": self.losses,
+        }
+
+    def finished(self, metadata: dict[str, Any]) -> TopKSAE:
+        """A copy in the activations' own units, that carries `metadata`."""
+        sae = TopKSAE(dataclasses.replace(self.sae.config, metadata=metadata))
+        sae.load_state_dict(self.sae.state_dict())
+        sae.fold_scales(self.input_scale, self.output_scale)
+        return sae
+
+    def step(self, batch: Mapping[str, Tensor], accelerator: Accelerator, learning_rate: float, step: int) -> None:
+        """One optimiser step on `batch`; raises before anything changes if loss or gradient is not finite."""
+        training = self.training
+        source = batch[self.config.place].float() / self.input_scale
+        target = source if self.config.target is None else batch[self.config.target].float() / self.output_scale
+        dead = (self.silent_tokens >= training.dead_after_tokens).nonzero()[:, 0]
+        output = loss_and_gradients(
+            source,
+            target,
+            self.weights,
+            self.gradients,
+            k=self.config.k,
+            variance=float(target.shape[1]),
+            subtract_bias=self.sae.config.apply_b_dec_to_input,
+            dead=dead,
+            k_aux=self.k_aux,
+            alpha=training.alpha,
+            precision=training.precision,
+        )
+        active = torch.bincount(output.latents.indices[output.latents.values > 0], minlength=self.config.n_latents)
+        losses = torch.stack([output.loss, output.aux_loss])
+        if accelerator.num_processes > 1:
+            for gradient in self.gradients:
+                torch.distributed.all_reduce(gradient)
+                gradient.div_(accelerator.num_processes)
+            active = accelerator.reduce(active, "sum")
+            losses = accelerator.reduce(losses, "mean")
+        self._update(learning_rate, losses, step)
+        tokens = len(source) * accelerator.num_processes
+        self.silent_tokens.add_(tokens).masked_fill_(active > 0, 0)
+        self.fired.add_(active)
+        self.losses = {
+            "loss": losses[0].item(),
+            "aux_loss": losses[1].item(),
+            "l0": active.sum().item() / tokens,
+            "dead_fraction": len(dead) / self.config.n_latents,
+        }
+
+    @torch.no_grad()
+    def _update(self, learning_rate: float, losses: Tensor, step: int) -> None:
+        decoder, gradient = self.sae.decoder, self.gradients.decoder
+        if self.training.unit_norm_decoder:
+            gradient.sub_((gradient * decoder).sum(-1, keepdim=True) * decoder)
+        limit = self.training.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, limit, foreach=True)
+        if not (torch.isfinite(losses).all() and torch.isfinite(norm)):
+            raise TrimtabError(
+                f"step {step} of dictionary {'-to-'.join(self.config.places)!r}: loss {losses[0].item()}, gradient "
+                f"norm {norm.item()}; training stops, and the last checkpoint is that of an earlier, good step"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        if self.training.unit_norm_decoder:
+            decoder.div_(decoder.norm(dim=-1, keepdim=True))
+
+
+def _scale(rows: Tensor, place: str) -> float:
+    """Root mean square of a feature about its mean."""
+    scale = (rows - rows.mean(0)).square().mean().sqrt().item()
+    if not scale > 0:
+        raise TrimtabError(f"activations at place {place!r} do not vary: there is nothing to learn")
+    return scale

@@ -1,0 +1,244 @@
+"""Training dictionaries: a loop on accelerate around the closed-form step of `trimtab.sae.functional`.
+
+Several dictionaries (places, sizes, k, seeds) learn from the same batches, so that the language model runs once. The
+run lives in a directory:
+
+    OUT/resid.9/…               each finished dictionary, in SAELens's format
+    OUT/checkpoints/step-…      whole checkpoints; a killed run goes on from the last, bit for bit at equal thread count
+    OUT/history.json            what was logged
+
+With several processes (torchrun, accelerate launch) each takes its share of every batch; gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from torch import Tensor
+
+import trimtab
+from trimtab.core import checkpoint
+from trimtab.core.activations import tl_hook_name
+from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.interrupts import Interruptible
+from trimtab.core.progress import Progress
+from trimtab.core.schedules import warmup_cosine
+from trimtab.sae import formats
+from trimtab.sae.config import DictionaryConfig, TrainingConfig
+from trimtab.sae.harvest import ShardSource, ShuffledActivations
+from trimtab.sae.learner import Learner
+from trimtab.sae.modeling import TopKSAE
+
+__all__ = ["dictionary_names", "train"]
+
+
+def train(
+    dictionaries: Sequence[DictionaryConfig],
+    shards: ShardSource,
+    config: TrainingConfig,
+    out: Path | str,
+    *,
+    accelerator: Accelerator | None = None,
+    allow_previous: bool = False,
+) -> dict[str, TopKSAE]:
+    """Train `dictionaries` on `shards` and write them under `out`; returns them by the name of their directory.
+
+    If `out` holds checkpoints of this very run, it goes on from the last one; of another run, it is refused. On Ctrl-C
+    a checkpoint is written before KeyboardInterrupt is raised.
+
+    allow_previous: where the last checkpoint is damaged, use the one before it, with a warning.
+    Raises TrimtabError for dictionaries of unknown places, and for NaN or infinity in activations, loss or gradient:
+    the message names the step, and the last good checkpoint stays.
+    """
+    out = Path(out)
+    accelerator = accelerator or Accelerator(log_with=list(config.report_to) or None, project_dir=str(out))
+    run = _Run(dictionaries, shards, config, out, accelerator)
+    run.resume(allow_previous)
+    with (
+        Interruptible() as guard,
+        Progress("training", config.steps * config.batch_size, "tokens", done=run.step * config.batch_size) as bar,
+    ):
+        try:
+            while run.step < config.steps:
+                batch = next(run.activations)
+                with guard.whole():
+                    run.train_step(batch)
+                    bar.advance(config.batch_size, run.summary())
+                    if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                        run.save()
+        except KeyboardInterrupt:
+            if accelerator.num_processes == 1:  # others may be in a step that this process has not begun
+                run.save()
+            raise
+    return run.finish()
+
+
+def dictionary_names(dictionaries: Sequence[DictionaryConfig]) -> list[str]:
+    """Directory names: the place, with target, size, k and seed where the place alone would not tell them apart."""
+    names = []
+    for dictionary in dictionaries:
+        name = "-to-".join(dictionary.places)
+        if sum(other.places == dictionary.places for other in dictionaries) > 1:
+            name += f"-n{dictionary.n_latents}-k{dictionary.k}-s{dictionary.seed}"
+        names.append(name)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TrimtabError(f"dictionaries hold {twice!r} twice; they must differ in place, target, size, k or seed")
+    return names
+
+
+class _Run:
+    """The whole of a training run's state, and its way to disk and back."""
+
+    def __init__(
+        self,
+        dictionaries: Sequence[DictionaryConfig],
+        shards: ShardSource,
+        config: TrainingConfig,
+        out: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.names = dictionary_names(dictionaries)
+        if not self.names:
+            raise TrimtabError("dictionaries=[] leaves nothing to train; give at least one")
+        for place in (place for dictionary in dictionaries for place in dictionary.places):
+            if place not in shards.places:
+                raise unknown("place", place, shards.places)
+        world = accelerator.num_processes
+        if config.batch_size % world:
+            raise TrimtabError(f"batch_size={config.batch_size} must be a multiple of the {world} processes")
+        self.config, self.out, self.accelerator, self.shards = config, out, accelerator, shards
+        self.activations = ShuffledActivations(
+            shards,
+            batch_size=config.batch_size // world,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world=world,
+        )
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self._configs = list(dictionaries)
+        self.learners: list[Learner]
+        training = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "keep_last", "report_to")}
+        self.identity = {
+            "dictionaries": {name: asdict(d) for name, d in zip(self.names, dictionaries, strict=True)},
+            "training": training,
+            "activations": shards.identity,
+            "processes": world,
+        }
+
+    def resume(self, allow_previous: bool) -> None:
+        """Take up the last checkpoint of `out`, or begin."""
+        root = self.out / "checkpoints"
+        if checkpoint.latest(root) is None:
+            rows = self.activations.peek()
+            self.learners = [Learner.begin(d, self.config, rows) for d in self._configs]
+            self._agree()
+        else:
+            state = checkpoint.load(root, allow_previous=allow_previous, expect=self.identity).tree
+            self.step, self.history = state["step"], state["history"]
+            self.activations.load_state_dict(state["activations"][self.accelerator.process_index])
+            self.learners = [
+                Learner.resume(d, self.config, state["dictionaries"][name], self.accelerator.device)
+                for d, name in zip(self._configs, self.names, strict=True)
+            ]
+            checkpoint.set_rng_state(state["rng"])
+        if self.config.report_to:
+            self.accelerator.init_trackers("trimtab-sae", config={"run": json.dumps(self.identity)})
+
+    def _agree(self) -> None:
+        """Every process starts from the weights and scales of the first."""
+        if self.accelerator.num_processes == 1:
+            return
+        for dictionary in self.learners:
+            broadcast([weight.data for weight in dictionary.weights])
+            scales = [dictionary.input_scale, dictionary.output_scale]
+            dictionary.input_scale, dictionary.output_scale = broadcast_object_list(scales)
+
+    def train_step(self, batch: Mapping[str, Tensor]) -> None:
+        """One step of every dictionary; afterwards `step` counts it."""
+        config = self.config
+        floor = config.final_learning_rate / config.learning_rate
+        learning_rate = config.learning_rate * warmup_cosine(self.step, config.steps, config.warmup, floor)
+        for dictionary in self.learners:
+            dictionary.step(batch, self.accelerator, learning_rate, self.step)
+        self.step += 1
+        if self.step % config.log_every == 0 or self.step == config.steps:
+            self._log(learning_rate)
+
+    def _log(self, learning_rate: float) -> None:
+        entry: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch_size,
+            "learning_rate": learning_rate,
+            "dictionaries": {name: d.losses for name, d in zip(self.names, self.learners, strict=True)},
+        }
+        self.history.append(entry)
+        if self.config.report_to:
+            values = {f"{name}/{key}": v for name, row in entry["dictionaries"].items() for key, v in row.items()}
+            self.accelerator.log({"learning_rate": learning_rate, **values}, step=self.step)
+
+    def summary(self) -> str:
+        """A few words on the first dictionary, for the progress bar."""
+        losses = self.learners[0].losses
+        return f"{self.names[0]}: loss {losses['loss']:.4f}, dead {losses['dead_fraction']:.1%}"
+
+    def save(self) -> None:
+        """Write a checkpoint; the first process does, with the data position of each."""
+        positions = gather_object([self.activations.state_dict()])
+        if not self.accelerator.is_main_process:
+            return
+        tree = {
+            "step": self.step,
+            "history": self.history,
+            "activations": positions,
+            "dictionaries": {name: d.state() for name, d in zip(self.names, self.learners, strict=True)},
+            "rng": checkpoint.rng_state(),
+        }
+        root = self.out / "checkpoints"
+        checkpoint.save(root, self.step, tree, identity=self.identity, keep_last=self.config.keep_last)
+
+    def finish(self) -> dict[str, TopKSAE]:
+        """Write the finished dictionaries and the history; give the dictionaries."""
+        finished = {}
+        for name, dictionary in zip(self.names, self.learners, strict=True):
+            finished[name] = dictionary.finished(self._metadata(dictionary))
+            if self.accelerator.is_main_process:
+                rate = dictionary.fired.double() / (self.step * self.config.batch_size)
+                with checkpoint.write_directory(self.out / name) as directory:
+                    formats.write_saelens(finished[name], directory, sparsity=rate.clamp_min(1e-10).log10().float())
+                    formats.model_card(finished[name]).save(directory / "README.md")
+        if self.accelerator.is_main_process:
+            checkpoint.write_file(self.out / "history.json", json.dumps(self.history).encode())
+        if self.config.report_to:
+            self.accelerator.end_training()
+        return finished
+
+    def _metadata(self, dictionary: Learner) -> dict[str, Any]:
+        """What SAELens calls metadata: its own keys where they apply, and everything of ours under `trimtab`."""
+        activations = self.identity["activations"]
+        place = dictionary.config.place
+        ours = {
+            "version": trimtab.__version__,
+            "place": place,
+            "target": dictionary.config.target,
+            "seed": dictionary.config.seed,
+            "activations": activations,
+            "training": self.identity["training"],
+            "final": dictionary.losses,
+        }
+        metadata: dict[str, Any] = {"trimtab": json.loads(json.dumps(ours))}
+        if "model" in activations:
+            metadata |= {
+                "model_name": activations["model"],
+                "hook_name": tl_hook_name(place),
+                "context_size": activations["harvest"]["context"],
+                "prepend_bos": activations["prepend_bos"],
+            }
+        return metadata
