@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     namespace: dict[str, object] = {"__name__": f"blocks of {page}"}
     for number, code in enumerate(blocks(page, "python")):
         exec(compile(code, f"{page}, block {number}", "exec"), namespace)
+
+
+def test_tables_are_those_of_the_measured_files() -> None:
+    folder = ROOT / "docs" / "results"
+    for name, text in runpy.run_path(str(folder / "make.py"))["pages"]().items():
+        assert (folder / name).read_text(encoding="utf-8") == text, "write it anew: python docs/results/make.py"
 
 
 def test_pages_name_nothing_on_this_machine() -> None:

@@ -101,9 +101,7 @@ def test_available_reads_all_without_importing(
     assert name not in sys.modules
 
 
-def test_an_entry_point_in_no_module_is_not_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_point_in_no_module_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "catalogue_probe_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     for entry_point in ("catalogue_probe_absent.Thing", "catalogue_probe_folder.Thing"):
@@ -139,9 +137,7 @@ def test_catalogue_is_json_with_every_column() -> None:
 
 def test_every_paper_belongs_to_a_method_and_keys_are_unique() -> None:
     used = [reference for method in METHODS for reference in method.references]
-    assert sorted(reference.arxiv for reference in used) == sorted(
-        reference.arxiv for reference in REFERENCES
-    )
+    assert sorted(reference.arxiv for reference in used) == sorted(reference.arxiv for reference in REFERENCES)
     assert len({reference.key for reference in REFERENCES}) == len(REFERENCES)
     for reference in REFERENCES:
         assert re.fullmatch(r"\d{4}\.\d{5}", reference.arxiv)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimtab.core import files, checkpoint
+from trimtab.core import checkpoint, files
 from trimtab.core._tree import STORED_DTYPES
 from trimtab.core.checkpoint import CheckpointError, latest, load, save, write_directory, write_file
 from trimtab.core.errors import TrimtabError

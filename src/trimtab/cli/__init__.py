@@ -96,13 +96,13 @@ def _parser(arguments: Sequence[str]) -> tuple[ArgumentParser, Command | None]:
             chosen = entry if wanted else chosen
             continue
         group = ArgumentParser(description=GROUPS[name])
+        commands.add_subcommand(name, group, help=GROUPS[name])
         if words[:1] == [name]:
             members = group.add_subcommands()
             for member, command in entry.items():
                 wanted = words[1:] == [member]
                 members.add_subcommand(member, _command_parser(command if wanted else None), help=command.help)
                 chosen = command if wanted else chosen
-        commands.add_subcommand(name, group, help=GROUPS[name])
     return parser, chosen
 
 

@@ -19,6 +19,7 @@ def load_model(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool =
 
     The class is the one that the checkpoint was saved as: with its language head if it has one.
     """
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]

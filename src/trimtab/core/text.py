@@ -9,6 +9,9 @@ go on with the very same tokens: that is what makes a harvest resumable.
 
 from __future__ import annotations
 
+import collections
+import glob
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,10 +83,24 @@ class TextSource:
         self.chat_tokenizer = chat_tokenizer
         self.name, self._parts = _parts(source)
 
+    @property
+    def digest(self) -> str:
+        """A checksum of column, split and samples of the text, which tells other text from this at little cost.
+
+        Sampled are each file's size, beginning and end, and up to 64 examples of a collection.
+        """
+        digest = hashlib.sha256(json.dumps([self.column, self.split]).encode())
+        for part in self._parts:
+            for sample in _file_samples(part) if isinstance(part, str | Path) else map(self._text_of, _sampled(part)):
+                digest.update(hashlib.sha256(sample if isinstance(sample, bytes) else sample.encode()).digest())
+        return digest.hexdigest()
+
     def pieces(self, start: int = 0) -> Iterator[Piece]:
         """The pieces from number `start` on. A dataset that can skip does so without reading what it skips."""
-        if len(self._parts) == 1 and start and hasattr(self._parts[0], "skip"):
-            yield from self._read(self._parts[0].skip(start))
+        first = self._parts[0]
+        if len(self._parts) == 1 and start and hasattr(first, "skip"):
+            if not hasattr(first, "__len__") or start < len(first):
+                yield from self._read(first.skip(start))
         else:
             everything = itertools.chain.from_iterable(self._read(part) for part in self._parts)
             yield from itertools.islice(everything, start, None)
@@ -92,7 +109,7 @@ class TextSource:
         if isinstance(part, Path) and part.suffix in _PLAIN:
             yield from _read_file(part)
             return
-        for example in _open_dataset(part, self.split) if isinstance(part, str | Path) else part:
+        for example in _examples(part, self.split) if isinstance(part, str | Path) else part:
             yield Piece(self._text_of(example), begins=True)
 
     def _text_of(self, example: Any) -> str:
@@ -117,7 +134,14 @@ class TextSource:
                 f"text source {self.name!r} holds conversations, and the tokenizer has no chat template: set "
                 "tokenizer.chat_template or give a column of plain text"
             )
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False)
+        import jinja2
+
+        try:
+            text: str = tokenizer.apply_chat_template(list(messages), tokenize=False)
+        except jinja2.TemplateError as error:
+            raise TrimtabError(
+                f"text source {self.name!r} holds a conversation that the tokenizer's chat template refuses: {error}"
+            ) from error
         return text.removeprefix(tokenizer.bos_token or "")
 
 
@@ -129,6 +153,7 @@ def _parts(source: Any) -> tuple[str, list[Any]]:
     """The source's name for messages and its parts: paths, dataset names, or re-iterable collections."""
     if isinstance(source, str | Path):
         path = Path(source)
+        _check_name(path)
         if path.is_dir() and not _is_saved_dataset(path):
             files = sorted(p for p in path.rglob("*.txt") if p.is_file())
             if not files:
@@ -143,6 +168,11 @@ def _parts(source: Any) -> tuple[str, list[Any]]:
         return str(source), [source]
     if isinstance(source, Sequence) and source and all(isinstance(s, Path) for s in source):
         return ", ".join(map(str, source)), [part for s in source for part in _parts(s)[1]]
+    if isinstance(source, Mapping):
+        raise TrimtabError(
+            f"text source {type(source).__name__} holds {', '.join(map(repr, itertools.islice(source, 8)))}: give one "
+            "of its values"
+        )
     if iter(source) is source:
         raise TrimtabError(
             f"text source {type(source).__name__} can be read only once; a harvest must be able to start again: "
@@ -151,8 +181,53 @@ def _parts(source: Any) -> tuple[str, list[Any]]:
     return type(source).__name__, [source]
 
 
+def _sampled(part: Any) -> Iterator[Any]:
+    """Up to 64 examples of a collection, evenly spaced where it has a length, else its first."""
+    if not hasattr(part, "__len__"):
+        return itertools.islice(iter(part), 64)
+    count = min(len(part), 64)
+    return (part[i * (len(part) - 1) // max(count - 1, 1)] for i in range(count))
+
+
+def _file_samples(part: str | Path) -> Iterator[bytes]:
+    """The name of a named dataset; of a saved one its descriptions; of a file its size, first and last 64 KiB."""
+    if isinstance(part, str):
+        yield part.encode()
+        return
+    for path in sorted(part.rglob("*.json")) if part.is_dir() else [part]:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            yield str(size).encode()
+            yield file.read(1 << 16)
+            file.seek(max(size - (1 << 16), 0))
+            yield file.read(1 << 16)
+
+
+def _check_name(path: Path) -> None:
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long: most likely the text itself
+        raise TrimtabError(
+            f"text source {str(path)[:60]!r}… cannot be a path ({error.strerror}); text itself is given as a list of "
+            "strings"
+        ) from error
+
+
 def _is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _examples(part: str | Path, split: str) -> Iterator[Any]:
+    """The examples of a table, a saved dataset or a named one; whatever goes wrong on the way names the source."""
+    try:
+        yield from _open_dataset(part, split)
+    except TrimtabError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # Arrow's and pandas's errors are ValueErrors
+        if isinstance(error, UnicodeDecodeError) and isinstance(part, Path):
+            collections.deque(_read_file(part), maxlen=0)  # raises, and knows where
+        what = "cannot be read" if isinstance(part, Path) else "is neither a file, a folder, nor a dataset to be had"
+        raise TrimtabError(f"text source {str(part)!r} {what}: {error}") from error
 
 
 def _open_dataset(part: str | Path, split: str) -> Iterable[Any]:
@@ -160,16 +235,19 @@ def _open_dataset(part: str | Path, split: str) -> Iterable[Any]:
 
     if isinstance(part, Path) and part.is_dir():
         loaded = datasets.load_from_disk(str(part))
-        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if split not in loaded:
+            raise unknown("split", split, loaded)
+        return loaded[split]
     if isinstance(part, Path):
-        return datasets.load_dataset(_TABLES[part.suffix], data_files=str(part), split="train", streaming=True)
+        if not part.stat().st_size:
+            return ()
+        # The name is a pattern to `datasets`.
+        file = glob.escape(str(part))
+        return datasets.load_dataset(_TABLES[part.suffix], data_files=file, split="train", streaming=True)
     name, _, config = part.partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split=split, streaming=True)
-    except (OSError, ValueError) as error:
-        raise TrimtabError(
-            f"text source {part!r} is neither a file, a folder, nor a dataset that can be had: {error}"
-        ) from error
+    return datasets.load_dataset(name, config or None, split=split, streaming=True)
 
 
 def _read_file(path: Path) -> Iterator[Piece]:
@@ -178,7 +256,10 @@ def _read_file(path: Path) -> Iterator[Piece]:
     with path.open("rb") as file:
         offset = 0
         while block := file.read(PIECE_CHARACTERS):
-            block += file.readline()
+            block += file.readline(PIECE_CHARACTERS)
+            # A line of more than that is cut where it must, but never within a character or a line's end.
+            while not block.endswith(b"\n") and _continues(file.peek(1)[:1]) and len(block) < 2 * PIECE_CHARACTERS + 4:
+                block += file.read(1)
             try:
                 text = block.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -187,8 +268,13 @@ def _read_file(path: Path) -> Iterator[Piece]:
                     f"{offset + error.start} ({error.reason}); convert it, e.g. with iconv -t UTF-8"
                 ) from error
             offset += len(block)
-            yield Piece(text.replace("\r\n", "\n"), begins)
+            yield Piece((text.removeprefix("\ufeff") if begins else text).replace("\r\n", "\n"), begins)
             begins = False
+
+
+def _continues(byte: bytes) -> bool:
+    """Whether a character of several bytes, or a line's end of two, may go on with `byte`."""
+    return byte == b"\n" or (byte != b"" and byte[0] & 0xC0 == 0x80)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -202,9 +288,12 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     with_special = tokenizer("a", add_special_tokens=True).input_ids
     bare = tokenizer("a", add_special_tokens=False).input_ids
     for start in range(len(with_special) - len(bare) + 1):
-        if with_special[start : start + len(bare)] == bare:
+        if bare and with_special[start : start + len(bare)] == bare:
             return with_special[:start], with_special[start + len(bare) :]
-    raise TrimtabError(f"tokenizer {type(tokenizer).__name__} changes the text's own tokens when it adds special ones")
+    raise TrimtabError(
+        f"tokenizer {type(tokenizer).__name__} reads 'a' as {bare}, and as {with_special} with special tokens: which "
+        "of them frame a text cannot be told"
+    )
 
 
 def pack(
@@ -218,7 +307,8 @@ def pack(
     """Full sequences of `context` tokens from `start` on; with `repeat`, for ever, pass after pass.
 
     Tokens that do not fill a last sequence are dropped, or with `repeat` completed by the next pass.
-    Raises TrimtabError if the source holds less than one sequence, or `context` leaves no room for text.
+    Raises TrimtabError if the source (with `repeat`, two passes of it) holds less than one sequence, or `context`
+    leaves no room for text.
     """
     prefix, suffix = _frame(tokenizer)
     room = context - len(prefix) - len(suffix)
@@ -230,6 +320,8 @@ def pack(
     content: list[int] = []
     seen, made = 0, 0
     for piece in _tokens(source, tokenizer, position, repeat):
+        if not made and piece.position.epoch > position.epoch + 1:
+            break
         seen += len(piece.ids)
         taken = 0
         while taken < len(piece.ids):
@@ -242,12 +334,10 @@ def pack(
                 yield PackedSequence(ids, ~torch.isin(ids, special), following)
                 content = []
                 made += 1
-        if repeat and not made and piece.position.epoch > position.epoch + 1 and seen < room:
-            break  # two passes did not fill one sequence
-    if not made and start is None:
+    if not made and (repeat or position == TextPosition()):
         raise TrimtabError(
-            f"text source {source.name!r} is {'empty' if not seen else 'too short'}: {seen} tokens, and one sequence "
-            f"of context={context} needs {room}"
+            f"text source {source.name!r} is {'empty' if not seen else 'too short'}: {seen} tokens"
+            f"{' in two passes' if repeat and seen else ''}, and one sequence of context={context} needs {room}"
         )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["load", "slugs"]
 
 # The method's slug and its module in `gallery/experiments`.
-_MODULES: dict[str, str] = {}
+_MODULES: dict[str, str] = {"topk-sae": "topk_sae"}
 
 
 def slugs() -> list[str]:

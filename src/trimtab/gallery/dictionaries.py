@@ -30,18 +30,25 @@ def dictionary_page(
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> DictionaryPage:
     """Explain up to `n_latents` latents of `sae`, which reads `place`, on about `tokens` tokens of the harvest."""
+    read = 0
+
+    def count(more: int) -> None:
+        nonlocal read
+        read += more
+        advance(more)
+
     explanations, densities = explain(
-        sae, harvest, place=place, tokens=tokens, n_latents=n_latents, contexts=contexts, advance=advance
+        sae, harvest, place=place, tokens=tokens, n_latents=n_latents, contexts=contexts, advance=count
     )
     alive = int((densities > 0).sum())
     model = str(harvest.identity["model"])
     if len(explanations) < alive:
         selection = (
-            f"{len(explanations):,} of the {alive:,} latents that fire on {tokens:,} tokens of {harvest.source.name}, "
+            f"{len(explanations):,} of the {alive:,} latents that fire on {read:,} tokens of {harvest.source.name}, "
             "evenly spaced in order of density"
         )
     else:
-        selection = f"all {alive:,} latents that fire on {tokens:,} tokens of {harvest.source.name}"
+        selection = f"all {alive:,} latents that fire on {read:,} tokens of {harvest.source.name}"
     strings, latents = _packed(explanations, harvest.tokenizer)
     return DictionaryPage(
         title=f"{Path(model).name}, {place}",
@@ -60,8 +67,10 @@ def dictionary_page(
 
 
 def training_curves(history: list[dict[str, Any]], name: str) -> dict[str, list[list[float]]]:
-    """Curves over tokens of dictionary `name` from the history of a run: loss, explained variance, dead fraction."""
-    rows = [(entry["tokens"], entry["dictionaries"][name]) for entry in history]
+    """Curves over tokens of dictionary `name` from the history of a run; none if the run is not its own."""
+    rows = [(entry["tokens"], entry["dictionaries"][name]) for entry in history if name in entry["dictionaries"]]
+    if not rows:
+        return {}
     return {
         "explained variance (training batches)": [[tokens, 1 - row["loss"]] for tokens, row in rows],
         "dead fraction": [[tokens, row["dead_fraction"]] for tokens, row in rows],
@@ -70,9 +79,9 @@ def training_curves(history: list[dict[str, Any]], name: str) -> dict[str, list[
 
 def place_of(sae: TopKSAE) -> tuple[str, str | None]:
     """The place that a dictionary reads, and the one that it writes if it is another."""
-    ours = sae.config.metadata.get("trimtab", {})
-    if "place" in ours:
-        return ours["place"], ours.get("target")
+    match sae.config.metadata.get("trimtab"):
+        case {"place": str(place), **rest} if isinstance(target := rest.get("target"), str | None):
+            return place, target
     match str(sae.config.metadata.get("hook_name", "")).split("."):
         case ["blocks", layer, hook] if hook in _HOOKS:
             return f"{_HOOKS[hook]}.{layer}", None

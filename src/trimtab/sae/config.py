@@ -14,10 +14,12 @@ __all__ = ["DictionaryConfig", "TrainingConfig"]
 class DictionaryConfig:
     """One dictionary of a run.
 
-    place: the activation that it reads, such as "resid.9".
-    n_latents, k: size of the dictionary; latents that a token may use.
-    target: the activation that it writes; None for `place` itself, another place makes a transcoder.
-    seed: of its initial weights.
+    Args:
+        place: the activation that it reads, such as "resid.9"
+        n_latents: size of the dictionary
+        k: latents that a token may use
+        target: the activation that it writes; None for `place` itself, another place makes a transcoder
+        seed: of its initial weights
     """
 
     place: str
@@ -54,20 +56,24 @@ class TrainingConfig:
     Activations are scaled to a mean square of 1 per feature about their mean, which is where the decoder's bias
     starts; the scale is folded into the weights at the end. Learning rates hold in those units.
 
-    tokens: how many activations each dictionary sees; a last incomplete batch is left out.
-    batch_size: activations of one step, over all processes.
-    learning_rate: peak of AdamW (betas 0.9, 0.999, no weight decay): linear warm-up over the first `warmup` of the
-        steps, then a cosine to `final_learning_rate`.
-    alpha: weight of AuxK, 0 for none. k_aux: dead latents that AuxK uses for a token; None for the power of two
-        nearest to half the width.
-    dead_after: tokens without firing that make a latent dead; None for a tenth of `tokens`.
-    apply_b_dec_to_input: subtract the decoder's bias from the input (never for a transcoder).
-    unit_norm_decoder: keep decoder rows at norm 1 in every step, and take the parallel part out of their gradient.
-    grad_clip: largest norm of a dictionary's gradient; None for no clipping.
-    precision: of the encoder's product; see `trimtab.sae.kernels.top_products`.
-    seed: of the order of activations.
-    checkpoint_every: steps between checkpoints. keep_last: how many stay.
-    log_every: steps between entries of the history. report_to: trackers that accelerate knows, such as "tensorboard".
+    Args:
+        tokens: activations that each dictionary sees; a last incomplete batch is left out
+        batch_size: activations of one step, over all processes
+        learning_rate: peak of AdamW (betas 0.9 and 0.999, no weight decay)
+        warmup: share of the steps in which the rate rises, before its cosine
+        final_learning_rate: where the cosine ends
+        alpha: weight of AuxK, 0 for none
+        k_aux: dead latents that AuxK uses for a token; None for the power of two nearest to half the width
+        dead_after: tokens without firing that make a latent dead; None for a tenth of `tokens`
+        apply_b_dec_to_input: subtract the decoder's bias from the input (never for a transcoder)
+        unit_norm_decoder: keep decoder rows at norm 1, and take the parallel part out of their gradient
+        grad_clip: largest norm of a dictionary's gradient; None for no clipping
+        precision: of the encoder's product: float32, screened (bfloat16 proposes, float32 decides) or bfloat16
+        seed: of the order of activations
+        checkpoint_every: steps between checkpoints
+        keep_last: checkpoints that stay
+        log_every: steps between entries of the history
+        report_to: trackers that accelerate knows, such as "tensorboard"
     """
 
     tokens: int

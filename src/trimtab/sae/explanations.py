@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trimtab.core import activations as act
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.lens import direction_tokens
 from trimtab.sae.harvest import Harvest
 from trimtab.sae.modeling import TopKSAE
@@ -62,7 +62,13 @@ def explain(
     If more latents fire at all, those explained are evenly spaced in the order of density, so that rare and common ones
     are there in proportion. Each context holds `before` tokens before the peak and `after` after it, in one sequence.
     Memory: about 12 bytes for each of the tokens' k latents.
+    Raises TrimtabError for a place that `harvest` does not read, and for a text without tokens to look at.
     """
+    if place not in harvest.places:
+        raise unknown("place", place, harvest.places)
+    for name, value in (("tokens", tokens), ("n_latents", n_latents), ("contexts", contexts)):
+        if value < 1:
+            raise TrimtabError(f"{name}={value} must be at least 1")
     firings = _collect(sae, harvest, place, tokens, advance)
     counts = torch.bincount(torch.from_numpy(firings.latents.astype(np.int64)), minlength=sae.config.n_latents)
     densities = (counts / firings.kept_tokens).float()
@@ -159,7 +165,7 @@ def _collect(sae: TopKSAE, harvest: Harvest, place: str, tokens: int, advance: C
 
 
 def _top_contexts(found: _LatentFirings, ids: np.ndarray, contexts: int, before: int, after: int) -> list[Context]:
-    """The windows around the highest activations, leaving out peaks that a higher one's window holds."""
+    """The windows around the highest activations, leaving out those that overlap with a higher one's."""
     length = ids.shape[1]
     chosen: list[Context] = []
     covered: list[tuple[int, int]] = []
@@ -167,11 +173,11 @@ def _top_contexts(found: _LatentFirings, ids: np.ndarray, contexts: int, before:
         if len(chosen) == contexts:
             break
         peak = int(found.positions[entry])
-        if any(start <= peak < stop for start, stop in covered):
-            continue
         sequence = peak // length
         start = max(peak - before, sequence * length)
         stop = min(peak + after + 1, (sequence + 1) * length)
+        if any(start < other_stop and other_start < stop for other_start, other_stop in covered):
+            continue
         first, last = np.searchsorted(found.positions, [start, stop])
         values = np.zeros(stop - start, dtype=np.float32)
         values[found.positions[first:last] - start] = found.values[first:last]

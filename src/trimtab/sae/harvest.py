@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -38,6 +38,7 @@ from trimtab.core.text import TextPosition, TextSource, pack, position_from_json
 __all__ = ["Harvest", "HarvestConfig", "ShardCache", "ShardSource", "ShuffledActivations", "TensorShards"]
 
 
+@runtime_checkable
 class ShardSource(Protocol):
     """Numbered shards of activations, each {place: [rows, width]}, the rows of all places aligned."""
 
@@ -63,10 +64,11 @@ class ShardSource(Protocol):
 class HarvestConfig:
     """How text becomes activations.
 
-    context: tokens of a packed sequence.
-    sequences_per_forward: how many go through the model at once.
-    shard_tokens: about how many tokens make one shard; memory holds up to three shards.
-    sink_norm_ratio: leave out tokens whose norm exceeds this many times the median norm; None keeps all.
+    Args:
+        context: tokens of a packed sequence
+        sequences_per_forward: how many go through the model at once
+        shard_tokens: about how many tokens make one shard; memory holds up to three shards
+        sink_norm_ratio: leave out tokens whose norm exceeds this many times the median norm; None keeps all
     """
 
     context: int = 256
@@ -137,8 +139,9 @@ class Harvest:
         described = model_config.to_json_string() if model_config is not None else type(self.model).__name__
         return {
             "model": str(getattr(model_config, "_name_or_path", "") or type(self.model).__name__),
-            "model_sha256": hashlib.sha256(described.encode()).hexdigest(),
+            "model_sha256": _model_digest(self.model, described),
             "text": self.source.name,
+            "text_sha256": self.source.digest,
             "places": list(self.places),
             "harvest": asdict(self.config),
             "prepend_bos": self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id],
@@ -146,10 +149,12 @@ class Harvest:
 
     def shard(self, index: int) -> dict[str, Tensor]:
         rows: dict[str, list[Tensor]] = {place: [] for place in self.places}
-        for forward in self.forwards(self._start_of(index), repeat=True, sequences=self.config.sequences_per_shard):
+        following = self._start_of(index)
+        for forward in self.forwards(following, repeat=True, sequences=self.config.sequences_per_shard):
             for place, states in forward.activations.items():
                 rows[place].append(states[forward.keep])
-            self._starts[index + 1] = forward.following
+            following = forward.following
+        self._starts[index + 1] = following
         shard = {place: torch.cat(parts) for place, parts in rows.items()}
         for place, states in shard.items():
             if not torch.isfinite(states).all():
@@ -186,8 +191,8 @@ class Harvest:
         nearest = max(i for i in self._starts if i <= index)
         for i in range(nearest, index):
             sequences = pack(self.source, self.tokenizer, self.config.context, start=self._starts[i], repeat=True)
-            for sequence in itertools.islice(sequences, self.config.sequences_per_shard):
-                self._starts[i + 1] = sequence.following
+            *_, last = itertools.islice(sequences, self.config.sequences_per_shard)
+            self._starts[i + 1] = last.following
         return self._starts[index]
 
     def state(self, index: int) -> dict[str, Any]:
@@ -198,10 +203,22 @@ class Harvest:
         self._starts[int(state["shard"])] = position_from_json(state["start"])
 
 
+def _model_digest(model: nn.Module, described: str) -> str:
+    """A checksum of the configuration and the first 64 entries of every weight: other weights, other digest."""
+    digest = hashlib.sha256(described.encode())
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        if not weight.is_meta:  # offloaded
+            digest.update(weight.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class TensorShards:
     """Shards of activations that are already in memory: {place: [rows, width]}, passed over again and again."""
 
     def __init__(self, activations: Mapping[str, Tensor], *, shard_rows: int = 32_768) -> None:
+        if shard_rows < 1:
+            raise TrimtabError(f"shard_rows={shard_rows!r} must be at least 1")
         lengths = {place: len(tensor) for place, tensor in activations.items()}
         if not lengths or len(set(lengths.values())) > 1 or not min(lengths.values()):
             raise TrimtabError(f"activations of lengths {lengths}: accepted are one or more of equal length above 0")
@@ -244,13 +261,15 @@ class ShardCache:
         self._source = source
         self._directory = Path(directory)
         self._dtype = dtype
-        self._directory.mkdir(parents=True, exist_ok=True)
-        described = {**source.identity, "dtype": str(dtype) if dtype else None}
         index = self._directory / "cache.json"
         if index.exists():
-            _same_identity(json.loads(index.read_text("utf-8")), described, str(self._directory))
+            try:
+                found = dict(json.loads(index.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                raise TrimtabError(f"{str(index)!r} is not the description of a cache: {error}") from error
+            _same_identity(found, self.identity, str(self._directory))
         else:
-            write_file(index, json.dumps(described, indent=2).encode())
+            self._write(index, json.dumps(self.identity, indent=2).encode())
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -268,7 +287,7 @@ class ShardCache:
                 place: tensor.to(self._dtype or tensor.dtype).cpu().contiguous() for place, tensor in shard.items()
             }
             following = json.dumps(self._source.state(index + 1))
-            write_file(path, serialize(stored, {"sha256": _digest(stored), "following": following}))
+            self._write(path, serialize(stored, {"sha256": _digest(stored), "following": following}))
         try:
             with safe_open(path, framework="pt") as file:
                 notes = file.metadata() or {}
@@ -283,6 +302,12 @@ class ShardCache:
             )
         self._source.restore(json.loads(notes["following"]))
         return shard
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            write_file(path, data)
+        except OSError as error:
+            raise TrimtabError(f"{str(path)!r} cannot be written ({error}); what the cache holds is whole") from error
 
     def state(self, index: int) -> dict[str, Any]:
         return self._source.state(index)
@@ -323,6 +348,7 @@ class ShuffledActivations:
         self._seed = seed
         self._rank, self._world = rank, world
         self._round, self._offset = 0, 0
+        self._served = (0, 0)  # where the last whole batch ended: a batch may be interrupted half-way
         self._rows: dict[str, Tensor] | None = None
         self._kept: tuple[int, dict[str, Tensor]] | None = None
 
@@ -330,6 +356,14 @@ class ShuffledActivations:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
+        served = self._round, self._offset
+        try:
+            return self._batch()
+        except BaseException:  # a batch that an interrupt cut off was not served
+            self._round, self._offset, self._rows = *served, None
+            raise
+
+    def _batch(self) -> dict[str, Tensor]:
         parts: list[dict[str, Tensor]] = []
         missing, fruitless = self.batch_size, 0
         while missing:
@@ -344,7 +378,9 @@ class ShuffledActivations:
             self._offset += taken
             if missing:
                 self._round, self._offset, self._rows = self._round + 1, 0, None
-        return {place: torch.cat([part[place] for part in parts]) for place in self.shards.places}
+        batch = {place: torch.cat([part[place] for part in parts]) for place in self.shards.places}
+        self._served = (self._round, self._offset)
+        return batch
 
     def peek(self) -> dict[str, Tensor]:
         """The rows of the present round, none of them served by this: enough to measure means and scales."""
@@ -352,17 +388,14 @@ class ShuffledActivations:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: the next row to be served, and where the text of its shards begins."""
-        earlier = max(self._round - 1, 0)
-        return {
-            "round": self._round,
-            "offset": self._offset,
-            "shards": self.shards.state(earlier * self._world + self._rank),
-        }
+        number, offset = self._served
+        first = max(number - 1, 0) * self._world + self._rank
+        return {"round": number, "offset": offset, "shards": self.shards.state(first)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`: the next batch is the one that would have followed."""
         self.shards.restore(state["shards"])
-        self._round, self._offset = int(state["round"]), int(state["offset"])
+        self._round, self._offset = self._served = int(state["round"]), int(state["offset"])
         self._rows, self._kept = None, None
 
     def _round_rows(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimtab.core import activations as act
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.harvest import Forward, Harvest
 from trimtab.sae.modeling import TopKSAE
 
@@ -60,7 +60,7 @@ class Evaluation:
             return None
         return (self.ce_ablated - self.ce_spliced) / (self.ce_ablated - self.ce_clean)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | int]:
         """Every number that was measured, by name."""
         names = [name for name in self.__dataclass_fields__ if name != "densities"]
         values = {name: getattr(self, name) for name in [*names, "ce_recovered"]}
@@ -82,7 +82,7 @@ class ReconstructionMeter:
         """Count a batch; `active` holds the index of every latent above 0, once for each token on which it fires."""
         if not len(x):
             return
-        x, error = x.double().cpu(), (x - reconstruction).double().cpu()
+        x, error = x.cpu().double(), (x - reconstruction).cpu().double()
         self.tokens += len(x)
         self._sum += x.sum(0)
         self._squares += x.square().sum(0)
@@ -122,9 +122,17 @@ def evaluate(
     """Measure `sae`, which reads `place` and writes `target` (None: `place`), on the text of `harvest`.
 
     tokens, ce_tokens: about how many tokens of text the two parts use; a text that is shorter is used whole.
-    The text should be one that the dictionary was not trained on. advance: told the tokens that are done.
+    The text should be one that the dictionary was not trained on. Nothing can be spliced into a place that the model
+    computes before `place`: then the cross-entropies are None. advance: told the tokens that are done.
+    Raises TrimtabError for places that `harvest` does not read, and for a text without tokens to evaluate.
     """
     output = target or place
+    for name in (place, output):
+        if name not in harvest.places:
+            raise unknown("place", name, harvest.places)
+    if tokens < 1:
+        raise TrimtabError(f"tokens={tokens} must be at least 1")
+    spliceable = language_loss(harvest.model) is not None and not _before(output, place, harvest)
     sequences = -(-tokens // harvest.config.context)
     meter = ReconstructionMeter(sae.config.output_width, sae.config.n_latents)
     losses = torch.zeros(3, dtype=torch.float64)
@@ -134,7 +142,7 @@ def evaluate(
         states = forward.activations[output][forward.keep].float()
         meter.update(states, sae.decode_sparse(latents), latents.indices[latents.values > 0])
         for i in range(len(forward.input_ids)):
-            if predicted < ce_tokens and language_loss(harvest.model) is not None:
+            if predicted < ce_tokens and spliceable:
                 found, count = _losses(sae, harvest, forward, i, place, output)
                 losses += found
                 predicted += count
@@ -149,6 +157,11 @@ def evaluate(
     )
 
 
+def _before(first: str, second: str, harvest: Harvest) -> bool:
+    order = [str(place) for place in act.places(harvest.model, harvest.layers)]
+    return order.index(first) < order.index(second)
+
+
 def splice(
     model: nn.Module,
     sae: TopKSAE,
@@ -158,7 +171,10 @@ def splice(
     keep: Tensor | None = None,
     layers: nn.ModuleList | str | None = None,
 ) -> AbstractContextManager[None]:
-    """Within it, `model` runs on the reconstruction instead of the activation, where `keep` [batch, tokens] is True."""
+    """Within it, `model` runs on the reconstruction instead of the activation, where `keep` [batch, tokens] is True.
+
+    Raises TrimtabError, from within the model's forward pass, if `target` is computed before `place`.
+    """
     read: list[Tensor] = []
 
     def remember(states: Tensor) -> Tensor:
@@ -166,6 +182,8 @@ def splice(
         return states
 
     def replace(states: Tensor) -> Tensor:
+        if target is not None and not read:
+            raise TrimtabError(f"target={target!r} is computed before place={place!r}; accepted: places after it")
         source = read.pop() if target is not None else states
         reconstruction = sae(source.float()).to(states.dtype)
         return reconstruction if keep is None else torch.where(keep[..., None], reconstruction, states)

@@ -72,7 +72,7 @@ def plan(dictionaries: Sequence[DictionaryConfig], harvest: Harvest, training: T
         + 4 * sum(weights)
         + 3 * harvest.config.shard_tokens * row_bytes
         + 4 * max(BLOCK_ELEMENTS, max(d.n_latents for d in dictionaries)),
-        output_bytes=sum(weights),
+        output_bytes=sum(weights) + 4 * sum(d.n_latents for d in dictionaries),  # the latter: firing frequencies
         checkpoint_bytes=3 * sum(weights) * training.keep_last,
         cache_bytes=training.tokens * row_bytes if cached else 0,
     )

@@ -218,6 +218,7 @@ class _Run:
             checkpoint.write_file(self.out / "history.json", json.dumps(self.history).encode())
         if self.config.report_to:
             self.accelerator.end_training()
+        self.accelerator.wait_for_everyone()  # nobody returns before the files are there
         return finished
 
     def _metadata(self, dictionary: Learner) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""`python -m benchmarks [names]`: run the scripts, each in a process of its own, and say what falls short."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from rich.console import Console
+
+from benchmarks.measure import read_rows
+from benchmarks.peers import ROOT
+
+__all__ = ["main", "shortfalls"]
+
+SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training")
+
+
+def main() -> int:
+    """0 if every script ran, whatever it found; 1 if one could not be run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *SCRIPTS], help=f"which to run; default: all of {SCRIPTS}")
+    names = parser.parse_args().names or SCRIPTS
+    failed = [
+        name for name in names if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT).returncode
+    ]
+    console = Console(soft_wrap=True, highlight=False)
+    for line in shortfalls([name for name in names if name not in failed]):
+        console.print(line)
+    for name in failed:
+        console.print(f"[bold red]{name} could not be run; what it printed is above[/]")
+    return 1 if failed else 0
+
+
+def _runs(name: str) -> bool:
+    return subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=False).returncode == 0
+
+
+def shortfalls(names: list[str]) -> list[str]:
+    """A line for each figure that misses its target, or one that says that none does."""
+    missed = [(name, row) for name in names for row in read_rows(name) if row["met"] is False]
+    lines = [f"SHORT  {name}: {row['name']}: {_said(row)}, target {row['target']}" for name, row in missed]
+    return lines or ["Every figure meets its target."]
+
+
+def _said(row: dict[str, float | None]) -> str:
+    quantities = {name: row[name] for name in ("ours", "peer", "ratio", "difference")}
+    return ", ".join(f"{name} {value:.4g}" for name, value in quantities.items() if value is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

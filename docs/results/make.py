@@ -1,0 +1,88 @@
+"""Write the tables of this folder from what was measured: `python docs/results/make.py`.
+
+    benchmarks.md   from benchmarks/results/*.json, which `make bench` writes
+    gallery.md      from src/trimtab/gallery/full_results/*.json, the committed entries of full gallery runs
+
+The pages of the documentation include them; a test compares them with their sources.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+NOTHING = "*No figures are committed yet.*\n"
+
+
+def pages() -> dict[str, str]:
+    """The text of each table file, by its name."""
+    return {"benchmarks.md": _benchmarks(), "gallery.md": _gallery()}
+
+
+def _benchmarks() -> str:
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        lines = ["| figure | ours | peer | unit | ratio | target | met |", "|---|---:|---:|---|---:|---|---|"]
+        for row in rows:
+            peer = _number(row["peer"]) + (f" ({row['peer_version']})" if row["peer_version"] else "")
+            met = {True: "yes", False: "**no**", None: ""}[row["met"]]
+            cells = [
+                row["name"],
+                _number(row["ours"]),
+                peer,
+                row["unit"],
+                _number(row["ratio"]),
+                row["target"] or "",
+                met,
+            ]
+            lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+        repeats = ", ".join(str(number) for number in sorted({row["repeats"] for row in rows}))
+        note = f"`python -m benchmarks {path.stem}`, {repeats} repeats, {_where(rows[0])}."
+        parts.append(f"**{path.stem}**\n\n" + "\n".join(lines) + f"\n\n{note}\n")
+    return "\n".join(parts) or NOTHING
+
+
+def _gallery() -> str:
+    parts = []
+    for path in sorted((ROOT / "src" / "trimtab" / "gallery" / "full_results").glob("*.json")):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        better = "higher" if entry["higher_is_better"] else "lower"
+        lines = [f"| arm | {entry['metric']} ({better} is better) | 95 % interval |", "|---|---:|---|"]
+        for arm in entry["arms"]:
+            low, high = arm["ci_low"], arm["ci_high"]
+            interval = "" if low is None else f"{low:.4g} to {high:.4g}"
+            value = _number(arm["mean"]) or f"failed: {arm.get('error')}"
+            lines.append(f"| {_cell(arm['name'])} ({arm['role']}) | {_cell(value)} | {interval} |")
+        seeds = len(entry["seeds"])
+        parts.append(
+            f"**{entry['method']}: {entry['verdict']}.** Claim: {entry['claim']}\n\n"
+            + "\n".join(lines)
+            + f"\n\n{entry['comparison']} The paper reports: {entry['paper_figure']}.\n\n"
+            f"`trimtab gallery run --methods {entry['method']} --out results`, {seeds} seeds, {_where(entry)}.\n"
+        )
+    return "\n".join(parts) or NOTHING
+
+
+def _where(entry: dict[str, Any]) -> str:
+    """Versions, machine and date of a figure, for its caption."""
+    machine, versions = entry["machine"], entry["versions"]
+    processor = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"torch {versions['torch']}, transformers {versions['transformers']}, {processor}, {entry['date']}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (HERE / name).write_text(text, encoding="utf-8")
+        print(HERE / name)

@@ -1,0 +1,1 @@
+"""One module for each method: its claim, its arms, and nothing else."""

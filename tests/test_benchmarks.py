@@ -1,0 +1,135 @@
+"""What the benchmarks stand on: times, targets, rows and files. Nothing here measures speed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import __main__ as all_benchmarks
+from benchmarks import kernels, measure, sae_training, trust_region
+from benchmarks.measure import Row, Target, Times
+from benchmarks.sae_arms import Setting
+
+from trimtab.core.simplex import trust_region_blend
+
+ROW = Row(name="speed", unit="tokens/s", ours=300.0, peer=200.0, repeats=3, cpu_seconds=2.0, wall_seconds=1.0)
+
+
+def test_functions_run_in_turns_after_one_unmeasured_call_each() -> None:
+    calls: list[str] = []
+    times = measure.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b", "a", "b", "a", "b"]
+    assert {name: (len(taken.wall), len(taken.cpu)) for name, taken in times.items()} == {"a": (2, 2), "b": (2, 2)}
+
+
+def test_times_give_medians() -> None:
+    times = Times([3.0, 1.0, 100.0], [1.0, 2.0, 4.0])
+    assert (times.wall_median, times.cpu_median) == (3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [
+        (Target("ratio", ">=", 1.5), True),
+        (Target("ratio", ">=", 1.51), False),
+        (Target("ratio", "<=", 1.4), False),
+        (Target("ours", "<=", 300), True),
+        (Target("difference", ">=", 100), True),
+        (Target("difference", ">=", 101), False),
+        (Target("distance", "<=", 100), True),
+    ],
+)
+def test_a_target_is_met_at_its_bound(target: Target, met: bool) -> None:
+    assert replace(ROW, target=target).met is met
+
+
+def test_distance_has_no_sign() -> None:
+    row = replace(ROW, ours=100.0, target=Target("distance", "<=", 99))
+    assert (row.difference, row.distance, row.met) == (-100.0, 100.0, False)
+
+
+def test_a_figure_without_a_peer_has_no_ratio_and_no_target_on_it() -> None:
+    alone = replace(ROW, peer=None)
+    assert (alone.ratio, alone.difference, alone.distance, alone.met) == (None, None, None, None)
+    with pytest.raises(ValueError, match="'speed' has no ratio"):
+        _ = replace(alone, target=Target("ratio", ">=", 1)).met
+
+
+def test_rows_are_written_with_all_that_a_reader_needs(tmp_path: Path) -> None:
+    rows = [replace(ROW, target=Target("ratio", ">=", 1.75), peer_version="peer 1.0"), replace(ROW, peer=None)]
+    path = measure.write_rows("speeds", rows, directory=tmp_path)
+    first, second = measure.read_rows("speeds", directory=tmp_path)
+    assert json.loads(path.read_text()) == [first, second]
+    assert (first["target"], first["met"], first["ratio"], first["peer_version"]) == (
+        "ratio >= 1.75",
+        False,
+        1.5,
+        "peer 1.0",
+    )
+    assert (second["target"], second["met"], second["ratio"], second["peer"]) == (None, None, None, None)
+    asked = {"name", "ours", "peer", "peer_version", "ratio", "target", "met", "repeats", "seeds", "unit"}
+    assert first.keys() >= asked | {"cpu_seconds", "wall_seconds", "machine", "date"}
+
+
+def test_no_rows_where_none_were_written(tmp_path: Path) -> None:
+    assert measure.read_rows("speeds", directory=tmp_path) == []
+
+
+def test_shortfalls_name_what_misses_its_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [replace(ROW, name="fast", target=Target("ratio", ">=", 1)), replace(ROW, target=Target("ratio", ">=", 2))]
+    measure.write_rows("speeds", rows, directory=tmp_path)
+    monkeypatch.setattr(all_benchmarks, "read_rows", lambda script: measure.read_rows(script, directory=tmp_path))
+    (line,) = all_benchmarks.shortfalls(["speeds", "never run"])
+    assert "speeds: speed:" in line
+    assert "ratio 1.5" in line
+    assert "target ratio >= 2" in line
+    assert all_benchmarks.shortfalls(["never run"]) == ["Every figure meets its target."]
+
+
+def test_speeds_are_compared_over_the_rounds_that_both_trained_with_aux_k_at_work() -> None:
+    setting = Setting(arm="any", rows="", learning_rate=1.0, batch_size=10, steps_per_round=2, rounds=5, dead_after=3)
+    walls = {"trimtab": [9.0, 9, 2, 4, 3], "trimtab-screened": [9.0, 9, 1, 1, 1], "saelens": [1.0, 1, 8, 8, 8]}
+    walls |= {"sparsify": [1.0, 1, 6, 6, 6], "saelens-sparse": [1.0, 1, 8]}
+    outcomes = {
+        name: sae_training.Outcome(replace(setting, rounds=len(wall)), Times(wall, wall), peak=2**20, version="v")
+        for name, wall in walls.items()
+    }
+    rows = {row.name: row for row in sae_training.figures(outcomes)}
+    dense, sparse = rows["tokens/s beside SAELens TopK"], rows["tokens/s beside SAELens TopK, sparse mode"]
+    assert (dense.ours, dense.peer, dense.repeats, dense.wall_seconds) == (20 / 3, 20 / 8, 3, 33)
+    assert (sparse.ours, sparse.peer, sparse.repeats, sparse.wall_seconds) == (20 / 2, 20 / 8, 1, 10)
+    assert rows["peak memory beside SAELens"].ratio == 1
+
+
+def test_dense_products_are_the_same_products() -> None:
+    for name, (ours, dense) in kernels.products(17, 12, 50, 3).items():
+        mine, other = ours(), dense()
+        if name.startswith("top_products"):  # unsorted
+            mine, other = mine.sort().values, other.sort().values
+        torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_bisection_finds_the_blend_that_newton_finds() -> None:
+    student, teacher = trust_region.logits(5, 200)
+    log_mu, beta, _ = trust_region_blend(student, teacher, 0.1)
+    other_mu, other = trust_region.bisect(student, teacher, 0.1, 25)
+    torch.testing.assert_close(beta, other, atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_mu, other_mu, atol=1e-3, rtol=0)
+
+
+def test_our_arm_trains_in_rounds(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(256, 3, generator=generator) @ torch.randn(3, 8, generator=generator)
+    path = str(tmp_path / "rows.safetensors")
+    save_file({"train": rows[:192] / rows.std(), "held_out": rows[192:] / rows.std()}, path)
+    setting = Setting(arm="trimtab", rows=path, learning_rate=1e-2, n_latents=32, k=4, batch_size=32, threads=1)
+    setting = replace(setting, steps=6, steps_per_round=2, rounds=3, dead_after=2)
+    outcome = sae_training.train_in_turns({"trimtab": setting})["trimtab"]
+    assert len(outcome.rounds.wall) == len(outcome.rounds.cpu) == 3
+    assert 0.2 < outcome.explained_variance < 1
+    assert outcome.peak > 0
