@@ -18,9 +18,12 @@ SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training")
 
 def main() -> int:
     """0 if every script ran, whatever it found; 1 if one could not be run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *SCRIPTS], help=f"which to run; default: all of {SCRIPTS}")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Trimtab beside its peers.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which to run, of {', '.join(SCRIPTS)}; default: all")
     names = parser.parse_args().names or SCRIPTS
+    for name in names:
+        if name not in SCRIPTS:
+            parser.error(f"{name!r} is none of {', '.join(SCRIPTS)}")
     failed = [
         name for name in names if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT).returncode
     ]

@@ -3,7 +3,7 @@
 Activations of layer 9 (d_model 640) on Shakespeare, attention sinks dropped, centred and scaled to a mean square of 1
 once for all arms; 16,384 latents, k = 32, batches of 2,048, float32, two threads. Every arm sees the same rows in the
 same order, with AuxK on and the same number of tokens until a latent counts as dead, a warm-up over a tenth of the run
-and then a decay, at the learning rate that did best for it in `sae_learning_rates`.
+and then a decay, at the learning rates of `LEARNING_RATES`.
 
 The arms are processes that train in turns, a round of steps each (`sae_arms`). Rounds before AuxK has set in do not
 count. Tokens a second are those of the median round; memory is the peak over what the process held when its imports
@@ -28,7 +28,7 @@ from benchmarks.measure import Row, Target, Times, print_table, write_rows
 from benchmarks.peers import ROOT, environment_variables, peers_python
 from benchmarks.sae_arms import Setting
 
-__all__ = ["Outcome", "figures", "main", "prepared_rows", "train_in_turns"]
+__all__ = ["LEARNING_RATES", "Outcome", "best_learning_rate", "figures", "main", "prepared_rows", "train_in_turns"]
 
 PLACE = "resid.9"
 SHARDS = 8
@@ -37,8 +37,8 @@ HELD_OUT = 16_384
 SPARSE_ROUNDS = 5
 MEBIBYTE = 2**20
 
-LEARNING_RATES = {"trimtab": 8e-4, "saelens": 8e-4, "sparsify": 5e-3}
-"""What did best in `sae_learning_rates`."""
+LEARNING_RATES = Path(__file__).with_name("sae_learning_rates.json")
+"""What `sae_learning_rates` found."""
 
 
 @dataclass
@@ -63,9 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         rows = prepared_rows(Path(directory))
         arms = {
-            "trimtab": Setting(arm="trimtab", rows=rows, learning_rate=LEARNING_RATES["trimtab"]),
-            "saelens": Setting(arm="saelens", rows=rows, learning_rate=LEARNING_RATES["saelens"]),
-            "sparsify": Setting(arm="sparsify", rows=rows, learning_rate=LEARNING_RATES["sparsify"]),
+            arm: Setting(arm=arm, rows=rows, learning_rate=best_learning_rate(arm))
+            for arm in ("trimtab", "saelens", "sparsify")
         }
         arms["trimtab-screened"] = replace(arms["trimtab"], arm="trimtab-screened")
         arms["saelens-sparse"] = replace(arms["saelens"], arm="saelens-sparse", rounds=SPARSE_ROUNDS)
@@ -73,6 +72,12 @@ def main() -> None:
     found = figures(outcomes)
     print_table("Training a dictionary, F = 16,384, k = 32, d = 640, batch 2,048, float32, two threads", found)
     write_rows("sae_training", found)
+
+
+def best_learning_rate(arm: str, found: Path = LEARNING_RATES) -> float:
+    """That with which `arm` explained most of the variance."""
+    entries = [entry for entry in json.loads(found.read_text(encoding="utf-8")) if entry["arm"] == arm]
+    return float(max(entries, key=lambda entry: entry["explained_variance"])["learning_rate"])
 
 
 # -- the rows --------------------------------------------------------------------------------------

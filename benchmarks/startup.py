@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measure import Row, Target, in_turns, print_table, write_rows
@@ -20,7 +21,7 @@ def main() -> None:
         "trimtab --help": ([str(Path(sys.executable).with_name("trimtab")), "--help"], Target("ours", "<=", 1.5)),
         "python, for comparison": ([sys.executable, "-c", ""], None),
     }
-    times = in_turns({name: lambda command=command: _run(command) for name, (command, _) in commands.items()}, REPEATS)
+    times = in_turns({name: partial(_run, command) for name, (command, _) in commands.items()}, REPEATS)
     rows = [
         Row(
             name=name,

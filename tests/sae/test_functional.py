@@ -80,7 +80,9 @@ def test_aux_k_gradient_reaches_the_encoder_rows_of_dead_latents() -> None:
     encoder, bias, decoder, _ = parameters(20, 8, 8)
     x, residual = data(16, 8), data(16, 8, seed=4)
     fn.aux_k_loss(x @ encoder.T + bias, decoder, residual, 4).backward()
-    assert encoder.grad is not None and bias.grad is not None and decoder.grad is not None
+    assert encoder.grad is not None
+    assert bias.grad is not None
+    assert decoder.grad is not None
     assert (encoder.grad.abs().sum(-1) > 0).sum() > 10
 
 

@@ -216,7 +216,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match="do not vary"):
         train([DICTIONARY], TensorShards({"x": torch.ones(500, 4)}), config(), tmp_path)
     with pytest.raises(TrimtabError, match="twice"):
-        dictionary_names([DICTIONARY, DICTIONARY])
+        dictionary_names([DICTIONARY, DICTIONARY], ["x"])
 
 
 RUN = """

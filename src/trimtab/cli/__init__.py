@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _call(command, parser.instantiate_classes(options))
     except TrimtabError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
+        print(f"trimtab: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("trimtab: interrupted", file=sys.stderr)
@@ -124,15 +124,16 @@ def _command_parser(command: Command | None) -> ArgumentParser:
         if hint is bool:
             parser.add_argument(f"--{name}", action="store_true", **about)
             continue
-        about |= (
-            {"type": hint} if typing.get_origin(hint) is not list else {"nargs": "+", "type": typing.get_args(hint)[0]}
-        )
-        if parameter.kind is not parameter.KEYWORD_ONLY and required:
-            parser.add_argument(name, **about)
+        positional = parameter.kind is not parameter.KEYWORD_ONLY
+        if typing.get_origin(hint) is list:
+            about |= {"nargs": "+" if required or not positional else "*", "type": typing.get_args(hint)[0]}
         else:
-            parser.add_argument(
-                f"--{name}", **about, **({"required": True} if required else {"default": parameter.default})
-            )
+            about["type"] = hint
+        if not required:
+            about["default"] = parameter.default
+        elif not positional:
+            about["required"] = True
+        parser.add_argument(name if positional else f"--{name}", **about)
     return parser
 
 

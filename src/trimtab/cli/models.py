@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from trimtab.core.errors import TrimtabError
 
@@ -31,6 +33,6 @@ def load_model(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool =
             loader = transformers.AutoModel
         model = loader.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise TrimtabError(f"model={name!r} cannot be loaded: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -223,8 +223,17 @@ def _harvest(
     """The model's activations on `source`, harvested as for the dictionary's training where that is known."""
     lm, tokenizer = load_model(_model_name(sae, model), dtype)
     source.chat_tokenizer = tokenizer
-    trained = sae.config.metadata.get("trimtab", {}).get("activations", {}).get("harvest", {})
-    return Harvest(lm, tokenizer, source, [place, target or place], HarvestConfig(**trained), layers=layers)
+    return Harvest(lm, tokenizer, source, [place, target or place], _trained_harvest(sae), layers=layers)
+
+
+def _trained_harvest(sae: TopKSAE) -> HarvestConfig:
+    match sae.config.metadata:
+        case {"trimtab": {"activations": {"harvest": dict(settings)}}}:
+            try:
+                return HarvestConfig(**settings)
+            except TypeError as error:
+                raise TrimtabError(f"the dictionary's cfg.json holds unknown harvest settings: {error}") from error
+    return HarvestConfig()
 
 
 def _model_name(sae: TopKSAE, model: str | None) -> str:

@@ -245,7 +245,9 @@ def _open_dataset(part: str | Path, split: str) -> Iterable[Any]:
             return ()
         # The name is a pattern to `datasets`.
         file = glob.escape(str(part))
-        return datasets.load_dataset(_TABLES[part.suffix], data_files=file, split="train", streaming=True)
+        # What pandas takes for missing, such as "None", is text here.
+        options = {"keep_default_na": False} if part.suffix == ".csv" else {}
+        return datasets.load_dataset(_TABLES[part.suffix], data_files=file, split="train", streaming=True, **options)
     name, _, config = part.partition(":")
     return datasets.load_dataset(name, config or None, split=split, streaming=True)
 

@@ -23,7 +23,7 @@ def dictionary_page(
     *,
     place: str,
     evaluation: Evaluation | None = None,
-    curves: dict[str, list[list[float]]] | None = None,
+    curves: dict[str, list[list[float | int]]] | None = None,
     tokens: int = 131_072,
     n_latents: int = 2_000,
     contexts: int = 8,
@@ -66,7 +66,7 @@ def dictionary_page(
     )
 
 
-def training_curves(history: list[dict[str, Any]], name: str) -> dict[str, list[list[float]]]:
+def training_curves(history: list[dict[str, Any]], name: str) -> dict[str, list[list[float | int]]]:
     """Curves over tokens of dictionary `name` from the history of a run; none if the run is not its own."""
     rows = [(entry["tokens"], entry["dictionaries"][name]) for entry in history if name in entry["dictionaries"]]
     if not rows:

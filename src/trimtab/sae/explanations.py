@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab.core import activations as act
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.lens import direction_tokens
+from trimtab.core.text import special_ids
 from trimtab.sae.harvest import Harvest
 from trimtab.sae.modeling import TopKSAE
 
@@ -110,17 +111,17 @@ def latents_of_text(
     sae: TopKSAE, model: nn.Module, tokenizer: Any, text: str, *, place: str, layers: nn.ModuleList | str | None = None
 ) -> list[TokenLatents]:
     """Which latents fire on `text`, token by token."""
-    encoded = tokenizer(text, return_tensors="pt", return_special_tokens_mask=True)
-    special = encoded.pop("special_tokens_mask")[0].bool()
-    if special.all():
+    token_ids = tokenizer(text).input_ids
+    special = special_ids(tokenizer)
+    if special.issuperset(token_ids):
         raise TrimtabError(f"text={text!r} holds no token to read")
-    device = next(model.parameters()).device
-    states = act.read(model, [place], {"input_ids": encoded["input_ids"].to(device)}, layers=layers)[place]
+    ids = torch.tensor([token_ids], device=next(model.parameters()).device)
+    states = act.read(model, [place], {"input_ids": ids}, layers=layers)[place]
     values, indices = sae.encode_sparse(states[0].float())
     rows = []
-    for t, token_id in enumerate(encoded["input_ids"][0].tolist()):
+    for t, token_id in enumerate(token_ids):
         pairs = zip(indices[t].tolist(), values[t].tolist(), strict=True)
-        latents = [] if special[t] else sorted((p for p in pairs if p[1] > 0), key=lambda pair: -pair[1])
+        latents = [] if token_id in special else sorted((p for p in pairs if p[1] > 0), key=lambda pair: -pair[1])
         rows.append(TokenLatents(token_id, latents))
     return rows
 

@@ -78,8 +78,9 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         for name in ("context", "sequences_per_forward", "shard_tokens"):
-            if getattr(self, name) < 1:
-                raise TrimtabError(f"{name}={getattr(self, name)!r} must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise TrimtabError(f"{name}={value!r} must be an integer of at least 1")
         if self.sink_norm_ratio is not None and not self.sink_norm_ratio > 1:
             raise TrimtabError(f"sink_norm_ratio={self.sink_norm_ratio!r} must be above 1, or None to keep all tokens")
 

@@ -51,6 +51,7 @@ class Plan:
 
 def plan(dictionaries: Sequence[DictionaryConfig], harvest: Harvest, training: TrainingConfig, *, cached: bool) -> Plan:
     """Estimate the run of `dictionaries` on `harvest`, from two forward passes and two steps; nothing is written."""
+    names = dictionary_names(dictionaries, harvest.places)
     forwards = iter(harvest.forwards(sequences=3 * harvest.config.sequences_per_forward, repeat=True))
     first = next(forwards)
     tokens_of_pass = first.input_ids.numel()
@@ -64,7 +65,7 @@ def plan(dictionaries: Sequence[DictionaryConfig], harvest: Harvest, training: T
     row_bytes = sum(states[first.keep][:1].nbytes for states in first.activations.values())
     model_bytes = sum(p.nbytes for p in harvest.model.parameters())
     return Plan(
-        names=tuple(dictionary_names(dictionaries)),
+        names=tuple(names),
         tokens=training.steps * training.batch_size,
         harvest_seconds=harvest_seconds,
         training_seconds=seconds_of_step * training.steps,

@@ -79,8 +79,16 @@ def train(
     return run.finish()
 
 
-def dictionary_names(dictionaries: Sequence[DictionaryConfig]) -> list[str]:
-    """Directory names: the place, with target, size, k and seed where the place alone would not tell them apart."""
+def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[str]) -> list[str]:
+    """Directory names: the place, with target, size, k and seed where the place alone would not tell them apart.
+
+    Raises TrimtabError for none, for two of one name, and for a dictionary of something else than `places`.
+    """
+    if not dictionaries:
+        raise TrimtabError("dictionaries=[] leaves nothing to train; give at least one")
+    for place in (place for dictionary in dictionaries for place in dictionary.places):
+        if place not in places:
+            raise unknown("place", place, places)
     names = []
     for dictionary in dictionaries:
         name = "-to-".join(dictionary.places)
@@ -104,12 +112,7 @@ class _Run:
         out: Path,
         accelerator: Accelerator,
     ) -> None:
-        self.names = dictionary_names(dictionaries)
-        if not self.names:
-            raise TrimtabError("dictionaries=[] leaves nothing to train; give at least one")
-        for place in (place for dictionary in dictionaries for place in dictionary.places):
-            if place not in shards.places:
-                raise unknown("place", place, shards.places)
+        self.names = dictionary_names(dictionaries, shards.places)
         world = accelerator.num_processes
         if config.batch_size % world:
             raise TrimtabError(f"batch_size={config.batch_size} must be a multiple of the {world} processes")
@@ -149,6 +152,7 @@ class _Run:
                 for d, name in zip(self._configs, self.names, strict=True)
             ]
             checkpoint.set_rng_state(state["rng"])
+        self._position = self.activations.state_dict()
         if self.config.report_to:
             self.accelerator.init_trackers("trimtab-sae", config={"run": json.dumps(self.identity)})
 
@@ -169,6 +173,7 @@ class _Run:
         for dictionary in self.learners:
             dictionary.step(batch, self.accelerator, learning_rate, self.step)
         self.step += 1
+        self._position = self.activations.state_dict()
         if self.step % config.log_every == 0 or self.step == config.steps:
             self._log(learning_rate)
 
@@ -190,8 +195,8 @@ class _Run:
         return f"{self.names[0]}: loss {losses['loss']:.4f}, dead {losses['dead_fraction']:.1%}"
 
     def save(self) -> None:
-        """Write a checkpoint; the first process does, with the data position of each."""
-        positions = gather_object([self.activations.state_dict()])
+        """Write a checkpoint; the first process does, with the data position of each after the last whole step."""
+        positions = gather_object([self._position])
         if not self.accelerator.is_main_process:
             return
         tree = {
