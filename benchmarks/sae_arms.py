@@ -169,7 +169,7 @@ def _trimtab(precision: Literal["float32", "screened"]) -> Train:
             dead_after=setting.dead_after * setting.batch_size,
             precision=precision,
         )
-        learner = Learner.begin(dictionary, training, {place: rows[:16_384]})
+        learner = Learner.begin(dictionary, training, {place: rows[:16_384]}, accelerator.device)
         with suppress(Finished):
             for step, batch in enumerate(batches):
                 share = warmup_cosine(step, setting.steps, training.warmup, floor / setting.learning_rate)

@@ -122,7 +122,7 @@ def test_a_run_without_history_has_none(tmp_path: Path) -> None:
         ({"trimtab": {"place": "resid.3", "target": "mlp.4"}}, ("resid.3", "mlp.4")),
         ({"hook_name": "blocks.9.hook_resid_post"}, ("resid.9", None)),
         ({"hook_name": "blocks.0.hook_attn_out"}, ("attn.0", None)),
-        ({"hook_name": "blocks.12.hook_mlp_out", "trimtab": {}}, ("mlp.12", None)),
+        ({"hook_name": "blocks.12.hook_mlp_out"}, ("mlp.12", None)),
     ],
 )
 def test_the_place_is_that_of_the_metadata(metadata: dict[str, Any], expected: tuple[str, str | None]) -> None:
@@ -140,6 +140,7 @@ def test_the_place_is_that_of_the_metadata(metadata: dict[str, Any], expected: t
         {"trimtab": "place"},
         {"trimtab": {"place": 5}},
         {"trimtab": {"place": "resid.1", "target": ["x"]}},
+        {"trimtab": {"target": "mlp.1"}, "hook_name": "blocks.9.hook_resid_post"},
     ],
 )
 def test_metadata_that_names_no_place_is_refused(metadata: dict[str, Any]) -> None:

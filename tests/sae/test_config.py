@@ -12,6 +12,8 @@ from trimtab.core.errors import TrimtabError
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.harvest import HarvestConfig
 
+COUNTS = ("batch_size", "k_aux", "dead_after", "checkpoint_every", "keep_last", "log_every")
+
 
 def test_an_autoencoder_reads_and_writes_one_place() -> None:
     config = DictionaryConfig(place="resid.1", n_latents=8, k=2)
@@ -55,18 +57,21 @@ def test_a_latent_is_dead_after_a_tenth_of_the_tokens_or_what_is_said() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(({name: 0}, rf"{name}=0 must be at least 1") for name in ("checkpoint_every", "keep_last", "log_every")),
-        ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
-        ({"batch_size": -5}, r"batch_size=-5 must be at least 1"),
+        *(({name: 0}, rf"{name}=0 must be .*at least 1") for name in COUNTS),
+        *(({name: -5}, rf"{name}=-5 must be .*at least 1") for name in COUNTS),
         ({"tokens": 99}, r"tokens=99 is less than one batch of batch_size=100"),
-        *(({"learning_rate": value}, r"learning_rate=.* must be positive") for value in (0.0, -1.0, math.nan)),
+        *(({"learning_rate": value}, r"learning_rate=.* must be positive") for value in (0.0, -1.0)),
         *(
             ({"final_learning_rate": value}, r"final_learning_rate=.* between 0 and learning_rate")
             for value in (-1e-9, 1.0, math.nan)
         ),
         *(({"warmup": value}, r"warmup=.* between 0 and 1") for value in (-0.1, 1.1, math.nan)),
-        *(({"alpha": value}, r"alpha=.* 0 or above") for value in (-1.0, math.nan)),
-        *(({name: 0}, rf"{name}=0 must be positive, or None") for name in ("k_aux", "dead_after")),
+        ({"alpha": -1.0}, r"alpha=-1.0 must be 0 or above"),
+        *(
+            ({name: value}, rf"{name}={value} must be finite")
+            for name in ("learning_rate", "alpha")
+            for value in (math.nan, math.inf)
+        ),
         *(({"grad_clip": value}, r"grad_clip=.* must be positive, or None") for value in (0.0, math.nan)),
     ],
 )

@@ -75,6 +75,6 @@ def test_what_cannot_be_trained_cannot_be_planned(harvest: Harvest, tiny_llama: 
         plan([DictionaryConfig(place="resid.2", n_latents=8, k=2)], harvest, TRAINING, cached=False)
     with pytest.raises(TrimtabError, match=r"dictionaries=\[\]"):
         plan([], harvest, TRAINING, cached=False)
-    empty = Harvest(tiny_llama, tiny_tokenizer, TextSource([]), ["resid.1"])
+    empty = Harvest(tiny_llama, tiny_tokenizer, TextSource([]), ["resid.1"], harvest.config)
     with pytest.raises(TrimtabError, match="is empty"):
         plan(DICTIONARIES[:1], empty, TRAINING, cached=False)

@@ -3,7 +3,7 @@
 A sub-command's module, and with it torch and transformers, is imported only when that sub-command is asked for, so that
 `trimtab --help` answers at once. A parameter that is a dataclass gives its fields as options of their own.
 
-Exit status: 0 done, 2 bad input (one line that names it), 130 interrupted.
+Exit status: 0 done, 2 bad input or a file that cannot be read or written (a line names it), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -65,21 +65,21 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser, command = _parser(arguments)
-    options = parser.parse_args(arguments)
-    if command is None:
-        parser.print_help()
-        return 0
     try:
-        _call(command, parser.instantiate_classes(options))
-    except TrimtabError as error:
-        print(f"trimtab: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        parser, command = _parser(arguments)
+        options = parser.parse_args(arguments)
+        if command is None:
+            parser.print_help()
+        else:
+            _call(command, options)
     except KeyboardInterrupt:
         print("trimtab: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (TrimtabError, OSError) as error:  # a full disk, a directory that cannot be written
+        print(f"trimtab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 

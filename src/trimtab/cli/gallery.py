@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from trimtab.core.errors import TrimtabError
 from trimtab.gallery import load, slugs
 from trimtab.gallery.dictionary_page import DictionaryPage
 from trimtab.gallery.report import render
@@ -45,6 +46,8 @@ def report(directory: Path, *, out: Path | None = None) -> None:
     path = directory / RESULTS
     results = load_results(path) if path.exists() else None
     pages = [DictionaryPage.from_json(p.read_text("utf-8")) for p in sorted(directory.rglob("latents.json"))]
+    if results is None and not pages:
+        raise TrimtabError(f"directory={str(directory)!r} holds neither {RESULTS} nor a latents.json")
     print(render(out or directory / "report.html", title="Trimtab", results=results, dictionaries=pages))
 
 

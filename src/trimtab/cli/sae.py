@@ -196,6 +196,8 @@ def show(
         layers: dotted path of the model's list of blocks, for unknown architectures
         top: latents of a token to show
     """
+    if top < 1:
+        raise TrimtabError(f"top={top} must be at least 1")
     sae, place, _ = _open(directory)
     lm, tokenizer = load_model(_model_name(sae, model), dtype)
     table = Table("token", f"strongest {top} of at most {sae.config.k} latents", title=f"{directory}, {place}")

@@ -66,7 +66,8 @@ def write_file(path: str | Path, data: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in _siblings(path, "tmp"):
-        remove(leftover)
+        if not _is_alive(int(leftover.name.rpartition("-")[2])):
+            remove(leftover)
     temporary = _beside(path, "tmp")
     try:
         temporary.write_bytes(data)
@@ -127,6 +128,17 @@ def _beside(path: Path, kind: str) -> Path:
 def _siblings(path: Path, kind: str) -> list[Path]:
     pattern = re.compile(rf"{re.escape(path.name)}\.{kind}-\d+")
     return [sibling for sibling in path.parent.iterdir() if pattern.fullmatch(sibling.name)]
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this number runs: it may still be writing."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _contents(directory: Path) -> set[str]:

@@ -79,11 +79,11 @@ def training_curves(history: list[dict[str, Any]], name: str) -> dict[str, list[
 
 def place_of(sae: TopKSAE) -> tuple[str, str | None]:
     """The place that a dictionary reads, and the one that it writes if it is another."""
-    match sae.config.metadata.get("trimtab"):
-        case {"place": str(place), **rest} if isinstance(target := rest.get("target"), str | None):
+    metadata = sae.config.metadata
+    match metadata.get("trimtab"), str(metadata.get("hook_name")).split("."):
+        case {"place": str(place), **rest}, _ if isinstance(target := rest.get("target"), str | None):
             return place, target
-    match str(sae.config.metadata.get("hook_name", "")).split("."):
-        case ["blocks", layer, hook] if hook in _HOOKS:
+        case None, ["blocks", layer, hook] if hook in _HOOKS:
             return f"{_HOOKS[hook]}.{layer}", None
     raise TrimtabError("the dictionary's cfg.json does not say which place of the model it reads")
 
@@ -129,5 +129,8 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     path = run / "history.json"
     if not path.exists():
         return []
-    history: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+    try:
+        history: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise TrimtabError(f"{str(path)!r} is damaged ({error}); delete it, and the page shows no curves") from error
     return history

@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+import trimtab
 from trimtab.core.errors import TrimtabError
 from trimtab.core.files import write_file
 from trimtab.core.results import Arm, environment
@@ -252,10 +253,20 @@ def _fingerprint(experiment: Experiment, quick: bool, here: Mapping[str, Any]) -
         "arms": [[name, role, _source(measure)] for name, (role, measure) in experiment.arms.items()],
         "seeds": list(experiment.quick_seeds if quick else experiment.seeds),
         "quick": quick,
+        "package": _package_digest(),
         "versions": here["versions"],
         "machine": {key: here["machine"][key] for key in ("system", "cpu", "gpu")},
     }
     return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _package_digest() -> str:
+    """A checksum of Trimtab's own sources: what they measured before a change is not what they measure after it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(trimtab.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _source(function: Callable[..., Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trimtab.core.errors import TrimtabError, unknown
@@ -95,9 +96,15 @@ class TrainingConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "checkpoint_every", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise TrimtabError(f"{name}={getattr(self, name)!r} must be at least 1")
+        for name in ("tokens", "batch_size", "k_aux", "dead_after", "checkpoint_every", "keep_last", "log_every"):
+            value = getattr(self, name)
+            if name in ("k_aux", "dead_after") and value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise TrimtabError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("learning_rate", "alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise TrimtabError(f"{name}={getattr(self, name)!r} must be finite")
         if self.tokens < self.batch_size:
             raise TrimtabError(f"tokens={self.tokens} is less than one batch of batch_size={self.batch_size}")
         if not self.learning_rate > 0:
@@ -108,10 +115,8 @@ class TrainingConfig:
             raise TrimtabError(f"warmup={self.warmup!r} must lie between 0 and 1")
         if not self.alpha >= 0:
             raise TrimtabError(f"alpha={self.alpha!r} must be 0 or above")
-        for name in ("k_aux", "dead_after", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise TrimtabError(f"{name}={value!r} must be positive, or None")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise TrimtabError(f"grad_clip={self.grad_clip!r} must be positive, or None")
         if self.precision not in ("float32", "screened", "bfloat16"):
             raise unknown("precision", self.precision, ("float32", "screened", "bfloat16"))
 

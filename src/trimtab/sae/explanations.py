@@ -15,7 +15,7 @@ from trimtab.core import activations as act
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.lens import direction_tokens
 from trimtab.core.text import special_ids
-from trimtab.sae.harvest import Harvest
+from trimtab.sae.harvest import Harvest, longest_context
 from trimtab.sae.modeling import TopKSAE
 
 __all__ = ["Context", "LatentExplanation", "TokenLatents", "explain", "latents_of_text"]
@@ -115,6 +115,9 @@ def latents_of_text(
     special = special_ids(tokenizer)
     if special.issuperset(token_ids):
         raise TrimtabError(f"text={text!r} holds no token to read")
+    longest = longest_context(model)
+    if longest is not None and len(token_ids) > longest:
+        raise TrimtabError(f"text of {len(token_ids)} tokens is beyond the model's {longest} positions")
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
     states = act.read(model, [place], {"input_ids": ids}, layers=layers)[place]
     values, indices = sae.encode_sparse(states[0].float())

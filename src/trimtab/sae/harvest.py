@@ -16,6 +16,7 @@ the places exceeds that many times the median norm there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -35,7 +36,15 @@ from trimtab.core.checkpoint import write_file
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.text import TextPosition, TextSource, pack, position_from_json
 
-__all__ = ["Harvest", "HarvestConfig", "ShardCache", "ShardSource", "ShuffledActivations", "TensorShards"]
+__all__ = [
+    "Harvest",
+    "HarvestConfig",
+    "ShardCache",
+    "ShardSource",
+    "ShuffledActivations",
+    "TensorShards",
+    "longest_context",
+]
 
 
 @runtime_checkable
@@ -67,7 +76,7 @@ class HarvestConfig:
     Args:
         context: tokens of a packed sequence
         sequences_per_forward: how many go through the model at once
-        shard_tokens: about how many tokens make one shard; memory holds up to three shards
+        shard_tokens: about how many tokens make one shard; memory holds up to six shards
         sink_norm_ratio: leave out tokens whose norm exceeds this many times the median norm; None keeps all
     """
 
@@ -132,6 +141,9 @@ class Harvest:
         for place in self.places:
             if place not in known:
                 raise unknown("place", place, sorted(known))
+        longest = longest_context(model)
+        if longest is not None and self.config.context > longest:
+            raise TrimtabError(f"context={self.config.context} is beyond the model's {longest} positions")
         self._starts = {0: TextPosition()}
 
     @property
@@ -156,16 +168,15 @@ class Harvest:
                 rows[place].append(states[forward.keep])
             following = forward.following
         self._starts[index + 1] = following
-        shard = {place: torch.cat(parts) for place, parts in rows.items()}
-        for place, states in shard.items():
-            if not torch.isfinite(states).all():
-                raise TrimtabError(f"activations at place {place!r} hold NaN or infinity in shard {index} of the text")
-        return shard
+        return {place: torch.cat(parts) for place, parts in rows.items()}
 
     def forwards(
         self, start: TextPosition | None = None, *, repeat: bool = False, sequences: int | None = None
     ) -> Iterator[Forward]:
-        """Forward passes over packed text from `start`, for at most `sequences` sequences."""
+        """Forward passes over packed text from `start`, for at most `sequences` sequences.
+
+        Raises TrimtabError where an activation of a token that is kept is NaN or infinite.
+        """
         packed = itertools.islice(
             pack(self.source, self.tokenizer, self.config.context, start=start, repeat=repeat), sequences
         )
@@ -175,6 +186,11 @@ class Harvest:
             keep = torch.stack([s.keep for s in batch]).to(device)
             with torch.no_grad():
                 states = act.read(self.model, self.places, {"input_ids": ids}, layers=self.layers)
+            for place, tensor in states.items():
+                if not torch.isfinite(tensor[keep]).all():
+                    raise TrimtabError(
+                        f"activations at place {place!r} hold NaN or infinity, in the text before {batch[-1].following}"
+                    )
             yield Forward(ids, keep & ~self._sinks(states, keep), states, batch[-1].following)
 
     def _sinks(self, states: Mapping[str, Tensor], keep: Tensor) -> Tensor:
@@ -202,6 +218,13 @@ class Harvest:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._starts[int(state["shard"])] = position_from_json(state["start"])
+
+
+def longest_context(model: nn.Module) -> int | None:
+    """The positions that the model knows, where its configuration tells."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "max_position_embeddings", None)
 
 
 def _model_digest(model: nn.Module, described: str) -> str:
@@ -233,7 +256,11 @@ class TensorShards:
     @property
     def identity(self) -> dict[str, Any]:
         shapes = {place: list(tensor.shape) for place, tensor in self._activations.items()}
-        return {"tensors": shapes, "shard_rows": self._shard_rows}
+        return {"tensors": shapes, "sha256": self._digest, "shard_rows": self._shard_rows}
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return _digest({place: tensor.cpu().contiguous() for place, tensor in self._activations.items()})
 
     @property
     def places(self) -> tuple[str, ...]:

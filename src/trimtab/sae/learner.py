@@ -1,7 +1,9 @@
 """One dictionary in training: what changes from step to step, and the step itself.
 
 Everything is in scaled units, in which activations have a mean square of 1 per feature about their mean; `finished`
-folds the scales into the weights.
+folds the scales into the weights. Where the decoder's bias is not subtracted from the input, a constant mean is, and
+is folded into the encoder's bias: a large mean would else carry every step of the encoder into all pre-activations,
+and most latents would die.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Learner:
     ) -> None:
         self.config, self.training = config, training
         self.input_scale = self.output_scale = 1.0
+        self.input_mean = torch.zeros(widths[0], device=device)
         shape = TopKSAEConfig(
             d_in=widths[0],
             d_out=widths[1],
@@ -55,22 +58,22 @@ class Learner:
         self.losses: dict[str, float] = {}
 
     @classmethod
-    def begin(cls, config: DictionaryConfig, training: TrainingConfig, rows: Mapping[str, Tensor]) -> Learner:
+    def begin(
+        cls, config: DictionaryConfig, training: TrainingConfig, rows: Mapping[str, Tensor], device: torch.device
+    ) -> Learner:
         """A fresh dictionary whose scales, biases and first reconstructions fit `rows`."""
-        source, target = rows[config.place].float(), rows[config.output].float()
-        self = cls(config, training, (source.shape[1], target.shape[1]), source.device)
+        source, target = rows[config.place].float().to(device), rows[config.output].float().to(device)
+        self = cls(config, training, (source.shape[1], target.shape[1]), device)
         self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
         source, target = source / self.input_scale, target / self.output_scale
         sae = self.sae
         with torch.no_grad():
             sae.decoder_bias.copy_(target.mean(0))
             if not sae.config.apply_b_dec_to_input:
-                sae.encoder_bias.copy_(-(sae.encoder @ source.mean(0)))
-            found = (sae(source[:1024]) - sae.decoder_bias).norm()
+                self.input_mean.copy_(source.mean(0))
+            found = (sae(source[:1024] - self.input_mean) - sae.decoder_bias).norm()
             if found > 0:
-                ratio = (target[:1024] - sae.decoder_bias).norm() / found
-                sae.encoder.mul_(ratio)
-                sae.encoder_bias.mul_(ratio)
+                sae.encoder.mul_((target[:1024] - sae.decoder_bias).norm() / found)
         return self
 
     @classmethod
@@ -84,6 +87,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.silent_tokens.copy_(state["silent_tokens"])
         self.fired.copy_(state["fired"])
+        self.input_mean.copy_(state["input_mean"])
         self.input_scale, self.output_scale = state["scales"]
         self.losses = state["losses"]
         return self
@@ -95,6 +99,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "silent_tokens": self.silent_tokens,
             "fired": self.fired,
+            "input_mean": self.input_mean,
             "scales": [self.input_scale, self.output_scale],
             "losses": self.losses,
         }
@@ -103,6 +108,8 @@ class Learner:
         """A copy in the activations' own units, that carries `metadata`."""
         sae = TopKSAE(dataclasses.replace(self.sae.config, metadata=metadata))
         sae.load_state_dict(self.sae.state_dict())
+        with torch.no_grad():
+            sae.encoder_bias.sub_((self.sae.encoder @ self.input_mean).to(sae.device))
         sae.fold_scales(self.input_scale, self.output_scale)
         return sae
 
@@ -111,9 +118,10 @@ class Learner:
         training = self.training
         source = batch[self.config.place].float() / self.input_scale
         target = source if self.config.target is None else batch[self.config.target].float() / self.output_scale
+        centred = source if self.sae.config.apply_b_dec_to_input else source - self.input_mean
         dead = (self.silent_tokens >= training.dead_after_tokens).nonzero()[:, 0]
         output = loss_and_gradients(
-            source,
+            centred,
             target,
             self.weights,
             self.gradients,

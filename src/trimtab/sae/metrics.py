@@ -56,7 +56,7 @@ class Evaluation:
     @property
     def ce_recovered(self) -> float | None:
         """1: as good as the untouched model; 0: as bad as ablation."""
-        if self.ce_clean is None or self.ce_spliced is None or self.ce_ablated is None:
+        if self.ce_clean is None or self.ce_spliced is None or self.ce_ablated in (None, self.ce_clean):
             return None
         return (self.ce_ablated - self.ce_spliced) / (self.ce_ablated - self.ce_clean)
 
@@ -75,7 +75,7 @@ class ReconstructionMeter:
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._squares = torch.zeros(width, dtype=torch.float64)
         self._errors = torch.zeros(width, dtype=torch.float64)
-        self._legacy = 0.0
+        self._legacy, self._legacy_tokens = 0.0, 0
         self._fired = torch.zeros(n_latents, dtype=torch.int64)
 
     def update(self, x: Float[Tensor, "tokens d"], reconstruction: Float[Tensor, "tokens d"], active: Tensor) -> None:
@@ -88,7 +88,9 @@ class ReconstructionMeter:
         self._squares += x.square().sum(0)
         self._errors += error.square().sum(0)
         distance = (x - x.mean(0)).square().sum(-1)
-        self._legacy += (1 - error.square().sum(-1) / distance).sum().item()
+        apart = distance > 0  # the only token of a pass has no distance from the mean
+        self._legacy += (1 - error.square().sum(-1)[apart] / distance[apart]).sum().item()
+        self._legacy_tokens += int(apart.sum())
         self._fired += torch.bincount(active.cpu(), minlength=len(self._fired))
 
     def results(self) -> dict[str, Any]:
@@ -101,7 +103,7 @@ class ReconstructionMeter:
             "tokens": self.tokens,
             "explained_variance": 1 - (self._errors.sum() / variance.sum()).item(),
             "explained_variance_without_top_dimension": 1 - (self._errors[rest].sum() / variance[rest].sum()).item(),
-            "explained_variance_legacy": self._legacy / self.tokens,
+            "explained_variance_legacy": self._legacy / max(self._legacy_tokens, 1),
             "l0": self._fired.sum().item() / self.tokens,
             "dead_fraction": (self._fired == 0).double().mean().item(),
             "densities": (self._fired / self.tokens).float(),

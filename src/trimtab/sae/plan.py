@@ -71,7 +71,7 @@ def plan(dictionaries: Sequence[DictionaryConfig], harvest: Harvest, training: T
         training_seconds=seconds_of_step * training.steps,
         memory_bytes=model_bytes
         + 4 * sum(weights)
-        + 3 * harvest.config.shard_tokens * row_bytes
+        + 6 * harvest.config.shard_tokens * row_bytes
         + 4 * max(BLOCK_ELEMENTS, max(d.n_latents for d in dictionaries)),
         output_bytes=sum(weights) + 4 * sum(d.n_latents for d in dictionaries),  # the latter: firing frequencies
         checkpoint_bytes=3 * sum(weights) * training.keep_last,
@@ -91,8 +91,8 @@ def _seconds_of_step(
     dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor], config: TrainingConfig
 ) -> float:
     """Seconds of one step of all `dictionaries` on `rows`, repeated to a batch: the faster of two, after another."""
-    accelerator = Accelerator()
-    learners = [Learner.begin(dictionary, config, rows) for dictionary in dictionaries]
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    learners = [Learner.begin(dictionary, config, rows, accelerator.device) for dictionary in dictionaries]
     length = len(next(iter(rows.values())))
     batch = {place: states[torch.arange(config.batch_size) % length] for place, states in rows.items()}
 

@@ -18,7 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
@@ -57,7 +60,7 @@ def train(
     the message names the step, and the last good checkpoint stays.
     """
     out = Path(out)
-    accelerator = accelerator or Accelerator(log_with=list(config.report_to) or None, project_dir=str(out))
+    accelerator = accelerator or _accelerator(config, out)
     run = _Run(dictionaries, shards, config, out, accelerator)
     run.resume(allow_previous)
     with (
@@ -101,6 +104,30 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
     return names
 
 
+def _accelerator(config: TrainingConfig, out: Path) -> Accelerator:
+    """On a GPU if there is one, else on the CPU (sparse products are not there on other devices), with trackers."""
+    have = [getattr(tracker, "value", tracker) for tracker in get_available_trackers()]
+    for tracker in config.report_to:
+        if tracker not in have:
+            raise TrimtabError(
+                f"report_to={tracker!r} is not a tracker that is installed here; accepted: {', '.join(have) or 'none'}"
+            )
+    return Accelerator(cpu=not torch.cuda.is_available(), log_with=list(config.report_to) or None, project_dir=str(out))
+
+
+def _check_memory(dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor]) -> None:
+    """Refuse dictionaries whose weights, gradients and optimiser would not fit, before anything is allocated."""
+    available = psutil.virtual_memory().available
+    for dictionary in dictionaries:
+        width = rows[dictionary.place].shape[1] + rows[dictionary.output].shape[1]
+        needed = 16 * dictionary.n_latents * width
+        if needed > available and rows[dictionary.place].device.type == "cpu":
+            raise TrimtabError(
+                f"n_latents={dictionary.n_latents} needs {needed / 2**30:,.1f} GiB in training; "
+                f"{available / 2**30:,.1f} GiB are free"
+            )
+
+
 class _Run:
     """The whole of a training run's state, and its way to disk and back."""
 
@@ -140,8 +167,10 @@ class _Run:
         """Take up the last checkpoint of `out`, or begin."""
         root = self.out / "checkpoints"
         if checkpoint.latest(root) is None:
+            checkpoint.write_file(self.out / "run.json", json.dumps(self.identity, indent=2).encode())
             rows = self.activations.peek()
-            self.learners = [Learner.begin(d, self.config, rows) for d in self._configs]
+            _check_memory(self._configs, rows)
+            self.learners = [Learner.begin(d, self.config, rows, self.accelerator.device) for d in self._configs]
             self._agree()
         else:
             state = checkpoint.load(root, allow_previous=allow_previous, expect=self.identity).tree
@@ -153,7 +182,7 @@ class _Run:
             ]
             checkpoint.set_rng_state(state["rng"])
         self._position = self.activations.state_dict()
-        if self.config.report_to:
+        if self.accelerator.log_with:
             self.accelerator.init_trackers("trimtab-sae", config={"run": json.dumps(self.identity)})
 
     def _agree(self) -> None:
@@ -161,7 +190,7 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return
         for dictionary in self.learners:
-            broadcast([weight.data for weight in dictionary.weights])
+            broadcast([*(weight.data for weight in dictionary.weights), dictionary.input_mean])
             scales = [dictionary.input_scale, dictionary.output_scale]
             dictionary.input_scale, dictionary.output_scale = broadcast_object_list(scales)
 
@@ -170,6 +199,7 @@ class _Run:
         config = self.config
         floor = config.final_learning_rate / config.learning_rate
         learning_rate = config.learning_rate * warmup_cosine(self.step, config.steps, config.warmup, floor)
+        batch = {place: rows.to(self.accelerator.device) for place, rows in batch.items()}
         for dictionary in self.learners:
             dictionary.step(batch, self.accelerator, learning_rate, self.step)
         self.step += 1
@@ -185,7 +215,7 @@ class _Run:
             "dictionaries": {name: d.losses for name, d in zip(self.names, self.learners, strict=True)},
         }
         self.history.append(entry)
-        if self.config.report_to:
+        if self.accelerator.log_with:
             values = {f"{name}/{key}": v for name, row in entry["dictionaries"].items() for key, v in row.items()}
             self.accelerator.log({"learning_rate": learning_rate, **values}, step=self.step)
 
@@ -214,14 +244,14 @@ class _Run:
         finished = {}
         for name, dictionary in zip(self.names, self.learners, strict=True):
             finished[name] = dictionary.finished(self._metadata(dictionary))
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process and not _is_there(finished[name], self.out / name):
                 rate = dictionary.fired.double() / (self.step * self.config.batch_size)
                 with checkpoint.write_directory(self.out / name) as directory:
                     formats.write_saelens(finished[name], directory, sparsity=rate.clamp_min(1e-10).log10().float())
                     formats.model_card(finished[name]).save(directory / "README.md")
         if self.accelerator.is_main_process:
             checkpoint.write_file(self.out / "history.json", json.dumps(self.history).encode())
-        if self.config.report_to:
+        if self.accelerator.log_with:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()  # nobody returns before the files are there
         return finished
@@ -248,3 +278,14 @@ class _Run:
                 "prepend_bos": activations["prepend_bos"],
             }
         return metadata
+
+
+def _is_there(sae: TopKSAE, directory: Path) -> bool:
+    """Whether `directory` holds these very weights; then it stays, with what was measured of them beside."""
+    if not (directory / "cfg.json").exists():
+        return False
+    found = formats.read_saelens(directory).state_dict()
+    return all(
+        found[name].shape == weight.shape and found[name].equal(weight.cpu())
+        for name, weight in sae.state_dict().items()
+    )
