@@ -38,8 +38,8 @@ SPARSE_ROUNDS = 5
 MEBIBYTE = 2**20
 
 LEARNING_RATES = {"trimtab": 3.2e-3, "saelens": 3.2e-3, "sparsify": 2.5e-3}
-"""Ours and SAELens, both with Adam, have the same; sparsify, with its sign optimiser, half of its default for this size,
-which did better in a trial run."""
+"""Ours and SAELens, both with Adam, have the same; sparsify, with its sign optimiser, half of its default for this
+size, which did better in a trial run."""
 
 
 @dataclass

@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -167,11 +170,59 @@ def test_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.M
     torch.testing.assert_close(again.encoder, first.encoder, rtol=0, atol=0)
 
 
+def test_what_was_measured_of_a_dictionary_stays_beside_it_when_its_run_is_started_again(tmp_path: Path) -> None:
+    shards = TensorShards({"x": sparse_rows(600)})
+    train([DICTIONARY], shards, config(tokens=600), tmp_path)
+    (tmp_path / "x" / "evaluation.json").write_text("{}")
+    train([DICTIONARY], shards, config(tokens=600), tmp_path)
+    assert (tmp_path / "x" / "evaluation.json").read_text() == "{}"
+
+
+class _Notes(GeneralTracker):
+    """A tracker that remembers what it is told."""
+
+    name = "notes"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, Any]]] = []
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        assert "run" in values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        self.rows.append((step, values))
+
+
+def test_trackers_are_told_and_unknown_ones_are_named(tmp_path: Path) -> None:
+    shards = TensorShards({"x": sparse_rows(600)})
+    notes = _Notes()
+    accelerator = Accelerator(cpu=True, log_with=[notes])
+    train([DICTIONARY], shards, config(tokens=2000), tmp_path / "a", accelerator=accelerator)
+    assert [step for step, _ in notes.rows] == [10, 20]
+    assert {"learning_rate", "x/loss", "x/l0", "x/dead_fraction"} <= notes.rows[0][1].keys()
+    with pytest.raises(TrimtabError, match="report_to='nosuch'"):
+        train([DICTIONARY], shards, config(report_to=("nosuch",)), tmp_path / "b")
+
+
+def test_sizes_beyond_the_memory_are_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    huge = DictionaryConfig(place="x", n_latents=10**10, k=3)
+    with pytest.raises(TrimtabError, match=r"n_latents=10000000000 needs .* GiB"):
+        train([huge], TensorShards({"x": sparse_rows(600)}), config(), tmp_path)
+
+
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     shards = TensorShards({"x": sparse_rows(600)})
     train([DICTIONARY], shards, config(tokens=600), tmp_path)
     with pytest.raises(TrimtabError, match=r"learning_rate.*0\.02"):
         train([DICTIONARY], shards, config(tokens=600, learning_rate=2e-3), tmp_path)
+    with pytest.raises(TrimtabError, match="sha256"):
+        train([DICTIONARY], TensorShards({"x": sparse_rows(600, seed=1)}), config(tokens=600), tmp_path)
     with pytest.raises(TrimtabError, match="n_latents"):
         train([DictionaryConfig(place="x", n_latents=65, k=3)], shards, config(tokens=600), tmp_path)
 
