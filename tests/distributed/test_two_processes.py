@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.sae import DictionaryConfig, TensorShards, TrainingConfig, train
 from trimtab.sae import trainer as trainer_module
-from trimtab.sae.harvest import ShuffledActivations
+from trimtab.sae.shuffle import ShuffledActivations
 
 pytestmark = pytest.mark.distributed
 

@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForMaskedLM
 from trimtab.core.errors import TrimtabError
 from trimtab.core.text import TextSource, pack
 from trimtab.sae import harvest as harvest_module
-from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShuffledActivations, TensorShards
+from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, TensorShards
+from trimtab.sae.shuffle import ShuffledActivations
 
 CONFIG = HarvestConfig(context=12, sequences_per_forward=3, shard_tokens=60, sink_norm_ratio=None)
 

@@ -63,7 +63,7 @@ def demo(*, out: Path = Path("demo"), tokens: int | None = None) -> None:
     say("2/4 reloading them, measuring them on text that they have not seen, and finding what their latents respond to")
     pages, table = [], Table("dictionary", "explained variance", "CE recovered", "L0", "dead")
     for place in setting.places:
-        sae = TopKSAE.from_pretrained(out / place)
+        sae = TopKSAE.from_pretrained(out / place).to(model.device)
         held_out = Harvest(model, tokenizer, setting.held_out, [place], harvest)
         with Progress(f"measuring {place}", setting.evaluated_tokens, "tokens") as bar:
             evaluation = evaluate(

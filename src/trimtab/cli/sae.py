@@ -200,6 +200,7 @@ def show(
         raise TrimtabError(f"top={top} must be at least 1")
     sae, place, _ = _open(directory)
     lm, tokenizer = load_model(_model_name(sae, model), dtype)
+    sae.to(next(lm.parameters()).device)
     table = Table("token", f"strongest {top} of at most {sae.config.k} latents", title=f"{directory}, {place}")
     for row in latents_of_text(sae, lm, tokenizer, prompt, place=place, layers=layers):
         latents = "  ".join(f"{latent}: {value:.3g}" for latent, value in row.latents[:top])
@@ -225,6 +226,7 @@ def _harvest(
     """The model's activations on `source`, harvested as for the dictionary's training where that is known."""
     lm, tokenizer = load_model(_model_name(sae, model), dtype)
     source.chat_tokenizer = tokenizer
+    sae.to(next(lm.parameters()).device)
     return Harvest(lm, tokenizer, source, [place, target or place], _trained_harvest(sae), layers=layers)
 
 

@@ -1,13 +1,9 @@
-"""Activations of a language model, in an order that can be rebuilt from a seed and two numbers.
+"""Activations of a language model, shard by shard.
 
 Text is packed into sequences (`trimtab.core.text`); a fixed number of sequences is one *shard*; a shard's
 activations are those of its tokens, special tokens left out, several places in one forward pass that stops after the
-last of them. Shards come from the model (`Harvest`), from disk (`ShardCache`) or from tensors (`TensorShards`).
-
-`ShuffledActivations` mixes them. Shard i is permuted and cut in halves A_i, B_i. Round i serves a permutation of
-B_{i-1} and A_i, so that every batch mixes the sequences of two shards, and no row is served twice or lost in between.
-Permutations depend on (seed, i) alone: round i can be rebuilt from shards i-1 and i, whatever was served before, and a
-run resumes with the very same batches from the pair (round, offset).
+last of them. Shards come from the model (`Harvest`), from disk (`ShardCache`) or from tensors (`TensorShards`);
+`trimtab.sae.shuffle` mixes them.
 
 Attention sinks: a few tokens (often the first) carry activations a hundred times larger than the rest, which would
 make up most of the variance and teach a dictionary nothing. `sink_norm_ratio` leaves out a token whose norm at any of
@@ -41,7 +37,6 @@ __all__ = [
     "HarvestConfig",
     "ShardCache",
     "ShardSource",
-    "ShuffledActivations",
     "TensorShards",
     "longest_context",
 ]
@@ -360,91 +355,3 @@ def _same_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], where: s
                 f"{where!r} holds activations of another harvest: {key} is {found.get(key)!r} there, "
                 f"{wanted.get(key)!r} here"
             )
-
-
-class ShuffledActivations:
-    """Batches of exactly `batch_size` rows, {place: [batch_size, width]}, without end.
-
-    rank, world: this process takes shards rank, rank + world, …
-    """
-
-    def __init__(self, shards: ShardSource, *, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
-        if batch_size < 1:
-            raise TrimtabError(f"batch_size={batch_size!r} must be at least 1")
-        self.shards = shards
-        self.batch_size = batch_size
-        self._seed = seed
-        self._rank, self._world = rank, world
-        self._round, self._offset = 0, 0
-        self._served = (0, 0)  # where the last whole batch ended: a batch may be interrupted half-way
-        self._rows: dict[str, Tensor] | None = None
-        self._kept: tuple[int, dict[str, Tensor]] | None = None
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        served = self._round, self._offset
-        try:
-            return self._batch()
-        except BaseException:  # a batch that an interrupt cut off was not served
-            self._round, self._offset, self._rows = *served, None
-            raise
-
-    def _batch(self) -> dict[str, Tensor]:
-        parts: list[dict[str, Tensor]] = []
-        missing, fruitless = self.batch_size, 0
-        while missing:
-            rows = self._round_rows()
-            part = {place: tensor[self._offset : self._offset + missing] for place, tensor in rows.items()}
-            taken = len(next(iter(part.values())))
-            fruitless = 0 if taken else fruitless + 1
-            if fruitless > 2:
-                raise TrimtabError("the text yields no activations: every token is special or an attention sink")
-            parts.append(part)
-            missing -= taken
-            self._offset += taken
-            if missing:
-                self._round, self._offset, self._rows = self._round + 1, 0, None
-        batch = {place: torch.cat([part[place] for part in parts]) for place in self.shards.places}
-        self._served = (self._round, self._offset)
-        return batch
-
-    def peek(self) -> dict[str, Tensor]:
-        """The rows of the present round, none of them served by this: enough to measure means and scales."""
-        return self._round_rows()
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON values: the next row to be served, and where the text of its shards begins."""
-        number, offset = self._served
-        first = max(number - 1, 0) * self._world + self._rank
-        return {"round": number, "offset": offset, "shards": self.shards.state(first)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`: the next batch is the one that would have followed."""
-        self.shards.restore(state["shards"])
-        self._round, self._offset = self._served = int(state["round"]), int(state["offset"])
-        self._rows, self._kept = None, None
-
-    def _round_rows(self) -> dict[str, Tensor]:
-        if self._rows is None:
-            parts = [self._half(self._round - 1, 1)] if self._round else []
-            parts.append(self._half(self._round, 0))
-            joined = {place: torch.cat([part[place] for part in parts]) for place in self.shards.places}
-            self._rows = self._permuted(joined, 2 * self._round + 1)
-        return self._rows
-
-    def _half(self, index: int, half: int) -> dict[str, Tensor]:
-        """Half A (0) or B (1) of this process's shard `index`."""
-        if self._kept is None or self._kept[0] != index:
-            shard = self.shards.shard(index * self._world + self._rank)
-            self._kept = (index, self._permuted(shard, 2 * index))
-        middle = len(next(iter(self._kept[1].values()))) // 2
-        cut = slice(None, middle) if half == 0 else slice(middle, None)
-        return {place: tensor[cut] for place, tensor in self._kept[1].items()}
-
-    def _permuted(self, rows: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {self._rank} {number}".encode()).digest()[:8]) >> 1
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(next(iter(rows.values()))), generator=generator)
-        return {place: tensor[order.to(tensor.device)] for place, tensor in rows.items()}

@@ -34,9 +34,10 @@ from trimtab.core.progress import Progress
 from trimtab.core.schedules import warmup_cosine
 from trimtab.sae import formats
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
-from trimtab.sae.harvest import ShardSource, ShuffledActivations
+from trimtab.sae.harvest import ShardSource
 from trimtab.sae.learner import Learner
 from trimtab.sae.modeling import TopKSAE
+from trimtab.sae.shuffle import ShuffledActivations
 
 __all__ = ["dictionary_names", "train"]
 
