@@ -689,7 +689,7 @@ def test_written_files_have_the_usual_permissions(tmp_path: Path):
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "sub" / "file.json"
     write_file(path, b"old")
-    (path.parent / "file.json.tmp-77").write_bytes(b"half")
+    (path.parent / "file.json.tmp-99999999").write_bytes(b"half")
     write_file(path, b"new")
     assert _names(path.parent) == ["file.json"]
 
