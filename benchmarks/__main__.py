@@ -35,10 +35,6 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _runs(name: str) -> bool:
-    return subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=False).returncode == 0
-
-
 def shortfalls(names: list[str]) -> list[str]:
     """A line for each figure that misses its target, or one that says that none does."""
     missed = [(name, row) for name in names for row in read_rows(name) if row["met"] is False]
