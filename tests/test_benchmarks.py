@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import kernels, measure, sae_training, trust_region
+from benchmarks import kernels, measure, sae_rates, sae_training, trust_region
 from benchmarks.measure import Row, Target, Times
 from benchmarks.sae_arms import Setting
 
@@ -102,6 +102,21 @@ def test_speeds_are_compared_over_the_rounds_that_both_trained_with_aux_k_at_wor
     assert (dense.ours, dense.peer, dense.repeats, dense.wall_seconds) == (20 / 3, 20 / 8, 3, 33)
     assert (sparse.ours, sparse.peer, sparse.repeats, sparse.wall_seconds) == (20 / 2, 20 / 8, 1, 10)
     assert rows["peak memory beside SAELens"].ratio == 1
+
+
+def test_sparsify_is_held_against_our_best_rate() -> None:
+    setting = Setting(arm="any", rows="", learning_rate=1.0)
+    rates = {"trimtab": sae_rates.ADAM_RATES, "saelens": sae_rates.ADAM_RATES, "sparsify": sae_rates.SIGN_RATES}
+    outcomes = {
+        (arm, rate): sae_training.Outcome(setting, Times([1.0], [1.0]), explained_variance=arm_number + index / 10)
+        for arm_number, (arm, grid) in enumerate(rates.items())
+        for index, rate in enumerate(grid)
+    }
+    rows = {row.name: row for row in sae_rates.rows_of(outcomes)}
+    assert rows["both with Adam at 0.0032"].ours == 0.1
+    assert rows["both with Adam at 0.0032"].peer == 1.1
+    assert rows["ours at 0.0128, sparsify at 0.00125"].ours == 0.3
+    assert rows["ours at 0.0128, sparsify at 0.00125"].peer == 2.0
 
 
 def test_dense_products_are_the_same_products() -> None:

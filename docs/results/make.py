@@ -1,19 +1,22 @@
-"""Write the tables of this folder from what was measured: `python docs/results/make.py`.
+"""Write the tables of this folder from what was measured: `python docs/results/make.py [DIR]`.
 
     benchmarks.md   from benchmarks/results/*.json, which `make bench` writes
     gallery.md      from src/trimtab/gallery/full_results/*.json, the committed entries of full gallery runs
 
-The pages of the documentation include them; a test compares them with their sources.
+With DIR, the output of `trimtab gallery run --out DIR`, its full entries become the committed ones first. The pages of
+the documentation include the tables; a test compares them with their sources.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+FULL_RESULTS = ROOT / "src" / "trimtab" / "gallery" / "full_results"
 NOTHING = "*No figures are committed yet.*\n"
 
 
@@ -48,7 +51,7 @@ def _benchmarks() -> str:
 
 def _gallery() -> str:
     parts = []
-    for path in sorted((ROOT / "src" / "trimtab" / "gallery" / "full_results").glob("*.json")):
+    for path in sorted(FULL_RESULTS.glob("*.json")):
         entry = json.loads(path.read_text(encoding="utf-8"))
         better = "higher" if entry["higher_is_better"] else "lower"
         lines = [f"| arm | {entry['metric']} ({better} is better) | 95 % interval |", "|---|---:|---|"]
@@ -82,7 +85,21 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def _commit(directory: Path) -> None:
+    """Put every full, faultless entry of a gallery run where the package keeps them."""
+    FULL_RESULTS.mkdir(exist_ok=True)
+    for entry in json.loads((directory / "results.json").read_text(encoding="utf-8"))["methods"]:
+        failed = [arm["name"] for arm in entry["arms"] if arm.get("error")]
+        if entry["quick"] or failed:
+            print(f"{entry['method']}: not taken, {'a quick run' if entry['quick'] else f'failed: {failed}'}")
+            continue
+        text = json.dumps(entry | {"attachments": []}, indent=1, ensure_ascii=False) + "\n"
+        (FULL_RESULTS / f"{entry['method']}.json").write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        _commit(Path(argument))
     for name, text in pages().items():
         (HERE / name).write_text(text, encoding="utf-8")
         print(HERE / name)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.cli import main
-from trimtab.core import checkpoint
+from trimtab.cli.models import load_model
+from trimtab.core import checkpoint, files
 from trimtab.core.interrupts import Interruptible
 from trimtab.core.progress import Progress
 from trimtab.gallery.dictionary_page import DictionaryPage
@@ -190,6 +191,28 @@ def test_show_names_the_latents_of_every_token(trained: Path, capsys: pytest.Cap
     assert re.search(r"'<bos>'\s*│ \(not read\)", shown)
     assert re.search(r"'w1'\s*│ \d+: [\d.]+  \d+: [\d.]+ ", shown)
     assert "'w2'" in shown
+
+
+def test_the_model_is_loaded_as_in_training_unless_told(
+    bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(command(bed, tmp_path, dtype="bfloat16", layers="model.layers")) == 0
+    asked: list[tuple[str, bool, str | None]] = []
+
+    def load(name: str, dtype: str, *, trust_remote_code: bool) -> Any:
+        asked.append((dtype, trust_remote_code, None))
+        return load_model(name, dtype, trust_remote_code=trust_remote_code)
+
+    def latents(*arguments: Any, place: str, layers: str | None) -> list[Any]:
+        asked[-1] = (*asked[-1][:2], layers)
+        return []
+
+    monkeypatch.setattr("trimtab.cli.sae.load_model", load)
+    monkeypatch.setattr("trimtab.cli.sae.latents_of_text", latents)
+    show = ["sae", "show", str(tmp_path / "resid.0"), "--prompt", "w1 w2"]
+    assert main(show) == 0
+    assert main([*show, "--dtype", "float32", "--layers", "other", "--trust_remote_code"]) == 0
+    assert asked == [("bfloat16", False, "model.layers"), ("float32", True, "other")]
 
 
 def test_a_moved_dictionary_needs_no_history(bed: Path, copied: Path) -> None:
@@ -374,9 +397,32 @@ HOSTILE: dict[str, Spoil] = {
     "harvest-huge": lambda d: with_metadata(d, lambda m: m["trimtab"]["activations"]["harvest"].update(context=10**12)),
     "harvest-type": lambda d: with_metadata(d, lambda m: m["trimtab"]["activations"]["harvest"].update(context=2.5)),
     "harvest-words": lambda d: with_metadata(d, lambda m: m["trimtab"]["activations"]["harvest"].update(context="x")),
+    "dtype-unknown": lambda d: with_metadata(d, lambda m: m["trimtab"]["activations"].update(model_dtype="int1")),
+    "layers-list": lambda d: with_metadata(d, lambda m: m["trimtab"]["activations"].update(layers=[1])),
     "cut-weights": lambda d: (d / "sae_weights.safetensors").write_bytes(b"abc"),
     "no-weights": lambda d: (d / "sae_weights.safetensors").unlink(),
 }
+
+
+def test_a_full_disk_is_said_in_one_line_and_loses_nothing(
+    bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flush = files._flush
+
+    def full(path: Path) -> None:
+        if "step-00000010" in str(path):
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_flush", full)
+        assert "No space left on device" in refused(command(bed, tmp_path / "o"), capsys)
+    assert checkpoint.latest(tmp_path / "o" / "checkpoints").name == "step-00000005"
+    assert main(command(bed, tmp_path / "o")) == 0  # and the run goes on
+
+
+def test_a_report_on_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds neither" in refused(["gallery", "report", str(tmp_path)], capsys)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

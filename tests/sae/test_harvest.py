@@ -213,6 +213,21 @@ def test_activations_that_are_not_finite_stop_the_harvest(make: Any, tiny_llama:
         make("resid.0", "resid.1").shard(2)
 
 
+def test_an_infinite_token_is_no_attention_sink(make: Any, tiny_llama: Any) -> None:
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[7] = torch.inf  # one word: its norm is above any ratio of the median
+    with pytest.raises(TrimtabError, match="hold NaN or infinity"):
+        make("embed").shard(0)
+
+
+def test_the_digest_of_a_model_does_not_name_its_reader(make: Any, tiny_llama: Any) -> None:
+    before = make("resid.0").identity["model_sha256"]
+    tiny_llama.config.transformers_version = "99.0"
+    assert make("resid.0").identity["model_sha256"] == before
+    tiny_llama.config.rms_norm_eps *= 2
+    assert make("resid.0").identity["model_sha256"] != before
+
+
 @pytest.mark.parametrize(("text", "message"), [([], "is empty"), (["w1 w2"], "too short")])
 def test_too_little_text_is_refused(make: Any, text: list[str], message: str) -> None:
     live = make(text=text)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from trimtab.cli.models import Dtype, load_model
 from trimtab.core.checkpoint import write_file
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.progress import Progress
 from trimtab.core.text import TextSource
 from trimtab.gallery.dictionaries import dictionary_page, place_of, read_history, training_curves
@@ -24,27 +26,59 @@ from trimtab.sae.modeling import TopKSAE
 from trimtab.sae.plan import plan
 from trimtab.sae.trainer import train as train_dictionaries
 
-__all__ = ["evaluate", "explain", "show", "train"]
+__all__ = ["ModelSettings", "TextSettings", "evaluate", "explain", "show", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """The text that is read.
+
+    Args:
+        text: text file, folder, .jsonl/.csv/.parquet file, saved dataset, or name on the hub (owner/name:config)
+        column: field of the examples that holds text or conversations
+        split: split of a named dataset
+    """
+
+    text: str
+    column: str | None = None
+    split: str = "train"
+
+    def source(self, tokenizer: Any) -> TextSource:
+        """The text, conversations in the tokenizer's chat template."""
+        return TextSource(self.text, column=self.column, split=self.split, chat_tokenizer=tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The language model that a dictionary reads: what is None is as in the dictionary's training.
+
+    Args:
+        model: folder or hub name; default: the one that the dictionary was trained on
+        dtype: of the language model; default: as in training
+        layers: dotted path of the model's list of blocks, for unknown architectures; default: as in training
+    """
+
+    model: str | None = None
+    dtype: Dtype | None = None
+    layers: str | None = None
 
 
 def train(
     *,
     model: str,
-    text: str,
     places: list[str],
     out: Path,
     n_latents: list[int] = [4096],  # noqa: B006 (never changed; jsonargparse shows it as the default)
     k: list[int] = [32],  # noqa: B006
     seeds: list[int] = [0],  # noqa: B006
     target: str | None = None,
-    column: str | None = None,
-    split: str = "train",
     dtype: Dtype = "float32",
     cache: Path | None = None,
     layers: str | None = None,
     allow_previous: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
+    text: TextSettings,
     training: TrainingConfig,
     harvest: HarvestConfig,
 ) -> None:
@@ -54,15 +88,12 @@ def train(
 
     Args:
         model: folder or hub name of a transformers model
-        text: text file, folder, .jsonl/.csv/.parquet file, saved dataset, or name on the hub (owner/name:config)
         places: activations to read, such as resid.6 attn.6 mlp.6 embed
         out: directory of the run
         n_latents: sizes of dictionaries
         k: latents that a token may use
         seeds: seeds of initial weights
         target: activation to write, for transcoders; default: the one that is read
-        column: field of the examples that holds text or conversations
-        split: split of a named dataset
         dtype: of the language model
         cache: directory that keeps the activations for further runs
         layers: dotted path of the model's list of blocks, for unknown architectures
@@ -75,9 +106,8 @@ def train(
         for place, size, active, seed in itertools.product(places, n_latents, k, seeds)
     ]
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    source = TextSource(text, column=column, split=split, chat_tokenizer=tokenizer)
     needed = [place for dictionary in dictionaries for place in dictionary.places]
-    live = Harvest(lm, tokenizer, source, needed, harvest, layers=layers)
+    live = Harvest(lm, tokenizer, text.source(tokenizer), needed, harvest, layers=layers)
     if dry_run:
         print(plan(dictionaries, live, training, cached=cache is not None))
         return
@@ -95,30 +125,25 @@ def train(
 def evaluate(
     directory: Path,
     *,
-    text: str,
-    model: str | None = None,
-    column: str | None = None,
-    split: str = "train",
-    dtype: Dtype = "float32",
-    layers: str | None = None,
     tokens: int = 32_768,
     ce_tokens: int = 8_192,
+    trust_remote_code: bool = False,
+    text: TextSettings,
+    model: ModelSettings,
 ) -> None:
     """Measure a dictionary on text, best on one that it was not trained on; writes DIRECTORY/evaluation.json.
 
     Args:
         directory: a dictionary, as `trimtab sae train` writes them
-        text: as for `trimtab sae train`
-        model: folder or hub name; default: the one that the dictionary was trained on
-        column: field of the examples that holds text or conversations
-        split: split of a named dataset
-        dtype: of the language model
-        layers: dotted path of the model's list of blocks, for unknown architectures
         tokens: tokens for explained variance, L0 and densities
         ce_tokens: tokens for the loss of the model with the reconstruction spliced in
+        trust_remote_code: run code that comes with the model
     """
     sae, place, target = _open(directory)
-    live = _harvest(sae, place, target, model, TextSource(text, column=column, split=split), dtype, layers)
+    lm, tokenizer, layers = _model(sae, model, trust_remote_code)
+    live = Harvest(
+        lm, tokenizer, text.source(tokenizer), [place, target or place], _trained_harvest(sae), layers=layers
+    )
     with Progress("evaluating", tokens, "tokens") as bar:
         evaluation = evaluate_sae(
             sae, live, place=place, target=target, tokens=tokens, ce_tokens=ce_tokens, advance=bar.advance
@@ -133,34 +158,29 @@ def evaluate(
 def explain(
     directory: Path,
     *,
-    text: str,
-    model: str | None = None,
-    column: str | None = None,
-    split: str = "train",
-    dtype: Dtype = "float32",
-    layers: str | None = None,
     tokens: int = 131_072,
     n_latents: int = 2_000,
     contexts: int = 8,
+    trust_remote_code: bool = False,
+    text: TextSettings,
+    model: ModelSettings,
 ) -> None:
     """Find what latents respond to; writes DIRECTORY/latents.json and the page DIRECTORY/report.html.
 
     Args:
         directory: a dictionary, as `trimtab sae train` writes them
-        text: as for `trimtab sae train`
-        model: folder or hub name; default: the one that the dictionary was trained on
-        column: field of the examples that holds text or conversations
-        split: split of a named dataset
-        dtype: of the language model
-        layers: dotted path of the model's list of blocks, for unknown architectures
         tokens: tokens of text to look through
         n_latents: latents to explain, at most 2,000
         contexts: contexts for each latent
+        trust_remote_code: run code that comes with the model
     """
     if not 1 <= n_latents <= MAX_LATENTS:
         raise TrimtabError(f"n_latents={n_latents} must lie between 1 and {MAX_LATENTS}")
     sae, place, target = _open(directory)
-    live = _harvest(sae, place, target, model, TextSource(text, column=column, split=split), dtype, layers)
+    lm, tokenizer, layers = _model(sae, model, trust_remote_code)
+    live = Harvest(
+        lm, tokenizer, text.source(tokenizer), [place, target or place], _trained_harvest(sae), layers=layers
+    )
     with Progress("explaining", tokens, "tokens") as bar:
         page = dictionary_page(
             sae,
@@ -181,26 +201,22 @@ def show(
     directory: Path,
     *,
     prompt: str,
-    model: str | None = None,
-    dtype: Dtype = "float32",
-    layers: str | None = None,
     top: int = 5,
+    trust_remote_code: bool = False,
+    model: ModelSettings,
 ) -> None:
     """Show which latents fire on a text, token by token, and the tokens that each promotes.
 
     Args:
         directory: a dictionary, as `trimtab sae train` writes them
         prompt: the text
-        model: folder or hub name; default: the one that the dictionary was trained on
-        dtype: of the language model
-        layers: dotted path of the model's list of blocks, for unknown architectures
         top: latents of a token to show
+        trust_remote_code: run code that comes with the model
     """
     if top < 1:
         raise TrimtabError(f"top={top} must be at least 1")
     sae, place, _ = _open(directory)
-    lm, tokenizer = load_model(_model_name(sae, model), dtype)
-    sae.to(next(lm.parameters()).device)
+    lm, tokenizer, layers = _model(sae, model, trust_remote_code)
     table = Table("token", f"strongest {top} of at most {sae.config.k} latents", title=f"{directory}, {place}")
     for row in latents_of_text(sae, lm, tokenizer, prompt, place=place, layers=layers):
         latents = "  ".join(f"{latent}: {value:.3g}" for latent, value in row.latents[:top])
@@ -214,34 +230,34 @@ def _open(directory: Path) -> tuple[TopKSAE, str, str | None]:
     return (sae, *place_of(sae))
 
 
-def _harvest(
-    sae: TopKSAE,
-    place: str,
-    target: str | None,
-    model: str | None,
-    source: TextSource,
-    dtype: Dtype,
-    layers: str | None,
-) -> Harvest:
-    """The model's activations on `source`, harvested as for the dictionary's training where that is known."""
-    lm, tokenizer = load_model(_model_name(sae, model), dtype)
-    source.chat_tokenizer = tokenizer
+def _model(sae: TopKSAE, settings: ModelSettings, trust_remote_code: bool) -> tuple[Any, Any, str | None]:
+    """The language model, its tokenizer and the path of its blocks; moves `sae` to the model's device."""
+    trained = _trained_on(sae)
+    name = settings.model or sae.config.metadata.get("model_name")
+    if not name:
+        raise TrimtabError("the dictionary's cfg.json does not name its model: give --model")
+    dtype = settings.dtype or trained.get("model_dtype", "float32")
+    if dtype not in get_args(Dtype):
+        raise unknown("dtype of the dictionary's cfg.json", str(dtype), get_args(Dtype))
+    layers = settings.layers or trained.get("layers")
+    if not isinstance(layers, str | None):
+        raise TrimtabError(f"the dictionary's cfg.json holds layers={layers!r}; accepted: a dotted path")
+    lm, tokenizer = load_model(str(name), dtype, trust_remote_code=trust_remote_code)
     sae.to(next(lm.parameters()).device)
-    return Harvest(lm, tokenizer, source, [place, target or place], _trained_harvest(sae), layers=layers)
+    return lm, tokenizer, layers
 
 
 def _trained_harvest(sae: TopKSAE) -> HarvestConfig:
+    settings = _trained_on(sae).get("harvest", {})
+    try:
+        return HarvestConfig(**settings)
+    except TypeError as error:
+        raise TrimtabError(f"the dictionary's cfg.json holds unknown harvest settings: {error}") from error
+
+
+def _trained_on(sae: TopKSAE) -> dict[str, Any]:
+    """The identity of the activations that the dictionary was trained on; empty where it is not known."""
     match sae.config.metadata:
-        case {"trimtab": {"activations": {"harvest": dict(settings)}}}:
-            try:
-                return HarvestConfig(**settings)
-            except TypeError as error:
-                raise TrimtabError(f"the dictionary's cfg.json holds unknown harvest settings: {error}") from error
-    return HarvestConfig()
-
-
-def _model_name(sae: TopKSAE, model: str | None) -> str:
-    name = model or sae.config.metadata.get("model_name")
-    if not name:
-        raise TrimtabError("the dictionary's cfg.json does not name its model: give --model")
-    return str(name)
+        case {"trimtab": {"activations": dict(activations)}}:
+            return activations
+    return {}

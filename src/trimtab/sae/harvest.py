@@ -144,10 +144,11 @@ class Harvest:
     @property
     def identity(self) -> dict[str, Any]:
         model_config = getattr(self.model, "config", None)
-        described = model_config.to_json_string() if model_config is not None else type(self.model).__name__
         return {
             "model": str(getattr(model_config, "_name_or_path", "") or type(self.model).__name__),
-            "model_sha256": _model_digest(self.model, described),
+            "model_sha256": _model_digest(self.model, model_config),
+            "model_dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "layers": self.layers if isinstance(self.layers, str) else None,
             "text": self.source.name,
             "text_sha256": self.source.digest,
             "places": list(self.places),
@@ -222,9 +223,11 @@ def longest_context(model: nn.Module) -> int | None:
     return getattr(text_config, "max_position_embeddings", None)
 
 
-def _model_digest(model: nn.Module, described: str) -> str:
+def _model_digest(model: nn.Module, config: Any) -> str:
     """A checksum of the configuration and the first 64 entries of every weight: other weights, other digest."""
-    digest = hashlib.sha256(described.encode())
+    described = config.to_dict() if config is not None else {"class": type(model).__name__}
+    described.pop("transformers_version", None)  # of the reader, not of the model
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         digest.update(name.encode())
         if not weight.is_meta:  # offloaded
