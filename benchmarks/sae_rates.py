@@ -17,7 +17,7 @@ from benchmarks.sae_training import Outcome, prepared_rows, train_in_turns
 __all__ = ["ADAM_RATES", "SIGN_RATES", "main", "rows_of"]
 
 ADAM_RATES = (1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2)
-SIGN_RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2)
+SIGN_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 
 
 def main() -> None:

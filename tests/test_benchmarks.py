@@ -115,8 +115,8 @@ def test_sparsify_is_held_against_our_best_rate() -> None:
     rows = {row.name: row for row in sae_rates.rows_of(outcomes)}
     assert rows["both with Adam at 0.0032"].ours == 0.1
     assert rows["both with Adam at 0.0032"].peer == 1.1
-    assert rows["ours at 0.0128, sparsify at 0.00125"].ours == 0.3
-    assert rows["ours at 0.0128, sparsify at 0.00125"].peer == 2.0
+    assert rows["ours at 0.0128, sparsify at 0.0025"].ours == 0.3
+    assert rows["ours at 0.0128, sparsify at 0.0025"].peer == 2.0
 
 
 def test_dense_products_are_the_same_products() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
 from trimtab.sae import formats
+from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 # What the two libraries import is deprecated by its makers, which they say at import.
@@ -259,3 +260,121 @@ def test_from_sparsify_to_saelens(sparsify: ModuleType, sae_lens: ModuleType, tm
     formats.export_saelens(formats.read_sparsify(tmp_path, "layers.9"), tmp_path / "saelens")
     other = sae_lens.SAE.load_from_disk(tmp_path / "saelens")
     close(other(activations()), sparsify_outputs(theirs, activations())[1])
+
+
+# -- what `trimtab.sae.saelens` registers -----------------------------------------------------------
+
+
+@pytest.fixture
+def registered(sae_lens: ModuleType) -> ModuleType:
+    from trimtab.sae import saelens
+
+    return saelens
+
+
+def kron(**changes: Any) -> KronSAE:
+    sae = KronSAE(KronSAEConfig(**{"d_in": D_IN, "h": 8, "m": 3, "n": 4, "k": K, "metadata": METADATA, **changes}))
+    randomise(sae)
+    return sae
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "product"}, {"mask_inactive": False}, {"eps": 0.25}])
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_saelens_reads_a_kron_sae(
+    sae_lens: ModuleType, registered: ModuleType, tmp_path: Path, changes: dict[str, Any], apply_b_dec_to_input: bool
+) -> None:
+    ours = kron(apply_b_dec_to_input=apply_b_dec_to_input, **changes)
+    ours.save_pretrained(tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert isinstance(theirs, registered.KronTopKSAE)
+    x = activations()
+    close(theirs.encode(x), ours.encode(x))
+    close(theirs(x), ours(x))
+    assert theirs.cfg.metadata.hook_name == METADATA["hook_name"]
+    assert torch.equal(theirs.rows(), ours.encoder)
+
+
+def test_we_read_the_kron_sae_that_saelens_saves(sae_lens: ModuleType, registered: ModuleType, tmp_path: Path) -> None:
+    ours = kron()
+    ours.save_pretrained(tmp_path / "ours")
+    sae_lens.SAE.load_from_disk(tmp_path / "ours").save_model(tmp_path / "theirs")
+    back = TopKSAE.from_pretrained(tmp_path / "theirs")
+    assert isinstance(back, KronSAE)
+    assert back.config.encoding == ours.config.encoding
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
+
+
+def test_a_kron_sae_folds_an_activation_scale_and_no_decoder_norms(
+    sae_lens: ModuleType, registered: ModuleType, tmp_path: Path
+) -> None:
+    kron().save_pretrained(tmp_path)
+    sae = sae_lens.SAE.load_from_disk(tmp_path)
+    x = activations()
+    before = sae.encode(3.0 * x)
+    sae.fold_activation_norm_scaling_factor(3.0)
+    close(sae.encode(x), before)
+    with pytest.raises(NotImplementedError, match="one scale for each latent"):
+        sae.fold_W_dec_norm()
+
+
+def test_a_kron_sae_of_another_size_is_refused_by_saelens_too(registered: ModuleType) -> None:
+    with pytest.raises(TrimtabError, match="d_sae=25 is not h m n = 24"):
+        registered.KronTopKSAE(registered.KronTopKSAEConfig(d_in=4, d_sae=25, h=2, m=3, n=4, k=2))
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_saelens_trains_on_every_prefix_and_saves_an_ordinary_topk(
+    sae_lens: ModuleType, registered: ModuleType, tmp_path: Path, rescale: bool
+) -> None:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(40, D_IN, generator=generator)
+
+    def batches() -> Any:
+        while True:
+            weights = torch.rand(64, 40, generator=generator)
+            yield (weights * (weights > 0.9)) @ directions
+
+    def trained(architecture: Any, config: Any) -> Any:
+        torch.manual_seed(0)
+        sae = architecture(config(d_in=D_IN, d_sae=64, k=8, rescale_acts_by_decoder_norm=rescale))
+        settings = SAETrainerConfig(
+            total_training_samples=64 * 200,
+            train_batch_size_samples=64,
+            lr=3e-3,
+            lr_end=1e-6,
+            lr_scheduler_name="constant",
+            lr_warm_up_steps=10,
+            dead_feature_window=50,
+        )
+        SAETrainer(settings, sae, batches()).fit()
+        return sae
+
+    def error_of(sae: TopKSAE, k: int) -> float:
+        x = next(batches())
+        return ((sae(x, k) - x).square().sum() / (x - x.mean(0)).square().sum()).item()
+
+    hierarchical = trained(registered.HierarchicalTopKTrainingSAE, registered.HierarchicalTopKTrainingSAEConfig)
+    plain = trained(sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig)
+    errors = []
+    for name, sae in (("hierarchical", hierarchical), ("plain", plain)):
+        sae.save_inference_model(tmp_path / name)
+        assert type(sae_lens.SAE.load_from_disk(tmp_path / name)) is sae_lens.TopKSAE
+        errors.append(error_of(TopKSAE.from_pretrained(tmp_path / name), 2))
+    assert errors[0] < errors[1]  # two latents alone say more where prefixes were trained
+
+
+def test_the_hierarchical_loss_in_saelens_is_its_own_where_only_k_is_trained(registered: ModuleType) -> None:
+    from sae_lens.saes.sae import TrainStepInput
+
+    config = registered.HierarchicalTopKTrainingSAEConfig(d_in=D_IN, d_sae=64, k=8, budgets=(8,))
+    sae = registered.HierarchicalTopKTrainingSAE(config)
+    randomise(sae)
+    step = TrainStepInput(
+        sae_in=activations(), coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+    )
+    output = sae.training_forward_pass(step)
+    torch.testing.assert_close(output.losses["hierarchical_loss"], output.losses["mse_loss"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(output.loss, output.losses["hierarchical_loss"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,46 @@ def test_learns_a_sparse_code_and_is_written_in_the_units_of_the_activations(tmp
     assert history[-1]["step"] == 400
     assert history[-1]["dictionaries"]["x"]["loss"] < 0.1 < history[0]["dictionaries"]["x"]["loss"]
     assert (tmp_path / "x" / "sparsity.safetensors").exists()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "kron": {"kron": (2, 4)},
+    "hierarchical": {"objective": "hierarchical"},
+    "budgets": {"objective": "hierarchical", "budgets": (1, 3), "budget_weights": (1.0, 3.0)},
+    "multi_topk": {"objective": "multi_topk"},
+    "matryoshka": {"objective": "matryoshka", "budgets": (16, 64)},
+    "kron-matryoshka": {"kron": (2, 4), "objective": "matryoshka", "budgets": (16, 32, 64)},
+    "kron-hierarchical": {"kron": (4, 4), "objective": "hierarchical"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_saves_and_resumes(tmp_path: Path, kind: str) -> None:
+    dictionary = DictionaryConfig(place="x", n_latents=64, k=3, **KINDS[kind])
+    shards = TensorShards({"x": sparse_rows(20_000)})
+    settings = config(tokens=20_000, checkpoint_every=60, keep_last=9)
+    whole = train([dictionary], shards, settings, tmp_path / "whole")["x"]
+    assert explained_variance(whole, sparse_rows(1000, seed=5)) > 0.6
+    assert all(torch.isfinite(p).all() for p in whole.parameters())
+
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000120", checkpoints / "step-00000120")
+    resumed = train([dictionary], shards, settings, tmp_path / "parts")["x"]
+    assert resumed.config.to_dict() | {"metadata": 0} == whole.config.to_dict() | {"metadata": 0}
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    loaded = TopKSAE.from_pretrained(tmp_path / "parts" / "x")
+    assert type(loaded) is type(whole)
+    rows = sparse_rows(50, seed=6)
+    torch.testing.assert_close(loaded(rows), whole(rows), rtol=0, atol=0)
+
+
+def test_one_hierarchical_dictionary_serves_smaller_budgets_better(tmp_path: Path) -> None:
+    rows, held_out = sparse_rows(20_000), sparse_rows(1000, seed=5)
+    kinds = [DictionaryConfig(place="x", n_latents=64, k=6, objective=o) for o in ("reconstruction", "hierarchical")]
+    plain, hierarchical = train(kinds, TensorShards({"x": rows}), config(), tmp_path).values()
+    for k in (1, 2, 3):
+        errors = [((sae(held_out, k) - held_out).square().sum()).item() for sae in (plain, hierarchical)]
+        assert errors[1] < errors[0]
 
 
 def test_transcoder_learns_another_place(tmp_path: Path) -> None:

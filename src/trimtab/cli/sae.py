@@ -18,7 +18,7 @@ from trimtab.core.progress import Progress
 from trimtab.core.text import TextSource
 from trimtab.gallery.dictionaries import dictionary_page, place_of, read_history, training_curves
 from trimtab.gallery.report import MAX_LATENTS, render
-from trimtab.sae.config import DictionaryConfig, TrainingConfig
+from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
 from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShardSource
 from trimtab.sae.metrics import evaluate as evaluate_sae
@@ -72,6 +72,9 @@ def train(
     k: list[int] = [32],  # noqa: B006
     seeds: list[int] = [0],  # noqa: B006
     target: str | None = None,
+    kron: list[int] = [],  # noqa: B006
+    objective: ObjectiveName = "reconstruction",
+    budgets: list[int] = [],  # noqa: B006
     dtype: Dtype = "float32",
     cache: Path | None = None,
     layers: str | None = None,
@@ -94,6 +97,10 @@ def train(
         k: latents that a token may use
         seeds: seeds of initial weights
         target: activation to write, for transcoders; default: the one that is read
+        kron: m and n of KronSAEs, whose heads have m x n latents; default: dense encoders
+        objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
+            4 k; matryoshka, from the first latents of the dictionary
+        budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
         dtype: of the language model
         cache: directory that keeps the activations for further runs
         layers: dotted path of the model's list of blocks, for unknown architectures
@@ -101,8 +108,19 @@ def train(
         trust_remote_code: run code that comes with the model
         dry_run: say what would run, how long, with how much memory and disk; then stop
     """
+    if len(kron) not in (0, 2):
+        raise TrimtabError(f"kron={kron}; accepted: two numbers, m and n")
     dictionaries = [
-        DictionaryConfig(place=place, n_latents=size, k=active, target=target, seed=seed)
+        DictionaryConfig(
+            place=place,
+            n_latents=size,
+            k=active,
+            target=target,
+            kron=(kron[0], kron[1]) if kron else None,
+            objective=objective,
+            budgets=tuple(budgets) or None,
+            seed=seed,
+        )
         for place, size, active, seed in itertools.product(places, n_latents, k, seeds)
     ]
     lm, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)

@@ -11,14 +11,18 @@
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.explanations import explain
 from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, TensorShards
+from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.metrics import evaluate, splice
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
+from trimtab.sae.objectives import hierarchical_topk_loss
 from trimtab.sae.trainer import train
 
 __all__ = [
     "DictionaryConfig",
     "Harvest",
     "HarvestConfig",
+    "KronSAE",
+    "KronSAEConfig",
     "ShardCache",
     "TensorShards",
     "TopKSAE",
@@ -26,6 +30,7 @@ __all__ = [
     "TrainingConfig",
     "evaluate",
     "explain",
+    "hierarchical_topk_loss",
     "splice",
     "train",
 ]

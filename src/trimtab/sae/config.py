@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.kernels import Precision
+from trimtab.sae.objectives import (
+    RECONSTRUCTION,
+    Hierarchical,
+    Matryoshka,
+    MultiTopK,
+    Objective,
+    hierarchical_weights,
+)
 
-__all__ = ["DictionaryConfig", "TrainingConfig"]
+__all__ = ["DictionaryConfig", "ObjectiveName", "TrainingConfig"]
+
+ObjectiveName = Literal["reconstruction", "hierarchical", "multi_topk", "matryoshka"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +31,12 @@ class DictionaryConfig:
         n_latents: size of the dictionary
         k: latents that a token may use
         target: the activation that it writes; None for `place` itself, another place makes a transcoder
+        kron: m and n of a KronSAE, whose heads have m x n latents; None for a dense encoder
+        objective: what it is trained for: reconstruction from its k latents; hierarchical, from every number of them up
+            to k; multi_topk, from k and from 4 k; matryoshka, from the first latents of the dictionary
+        budgets: hierarchical: the numbers of latents, None for all of 1 … k; matryoshka: lengths of the prefixes, the
+            last of them n_latents
+        budget_weights: hierarchical: a weight for each of `budgets`; None for equal ones
         seed: of its initial weights
     """
 
@@ -27,6 +44,10 @@ class DictionaryConfig:
     n_latents: int
     k: int
     target: str | None = None
+    kron: tuple[int, int] | None = None
+    objective: ObjectiveName = "reconstruction"
+    budgets: tuple[int, ...] | None = None
+    budget_weights: tuple[float, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -38,6 +59,48 @@ class DictionaryConfig:
             raise TrimtabError(f"target={self.target!r} is the place itself; leave target out for an autoencoder")
         if self.seed < 0:
             raise TrimtabError(f"seed={self.seed} must not be negative")
+        if self.kron is not None and (min(self.kron) < 1 or self.n_latents % (self.kron[0] * self.kron[1])):
+            raise TrimtabError(
+                f"kron={self.kron}: n_latents={self.n_latents} must be a multiple of m x n, both positive"
+            )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        if self.objective not in get_args(ObjectiveName):
+            raise unknown("objective", self.objective, get_args(ObjectiveName))
+        for name in ("budgets", "budget_weights"):
+            accepted = ("hierarchical", "matryoshka") if name == "budgets" else ("hierarchical",)
+            if getattr(self, name) is not None and self.objective not in accepted:
+                raise TrimtabError(f"{name}={getattr(self, name)} has no meaning for objective={self.objective!r}")
+        if self.objective == "multi_topk" and 4 * self.k > self.n_latents:
+            raise TrimtabError(f"k={self.k}: multi_topk selects 4 k latents, more than n_latents={self.n_latents}")
+        if self.objective == "hierarchical":
+            hierarchical_weights(self.k, self.budgets, self.budget_weights)
+        if self.objective == "matryoshka":
+            head = self.kron[0] * self.kron[1] if self.kron else 1
+            cuts = self.budgets or ()
+            if (
+                sorted({0, *cuts}) != [0, *cuts]
+                or not cuts
+                or cuts[-1] != self.n_latents
+                or any(c % head for c in cuts)
+            ):
+                raise TrimtabError(
+                    f"budgets={self.budgets}; accepted for matryoshka: rising lengths that end in "
+                    f"n_latents={self.n_latents}" + (f", multiples of m n = {head}" if self.kron else "")
+                )
+
+    @property
+    def training_objective(self) -> Objective:
+        """The objective, on tensors."""
+        match self.objective:
+            case "hierarchical":
+                return Hierarchical(self.budgets, self.budget_weights)
+            case "multi_topk":
+                return MultiTopK()
+            case "matryoshka":
+                return Matryoshka(self.budgets or ())
+        return RECONSTRUCTION
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -66,7 +129,8 @@ class TrainingConfig:
         alpha: weight of AuxK, 0 for none
         k_aux: dead latents that AuxK uses for a token; None for the power of two nearest to half the width
         dead_after: tokens without firing that make a latent dead; None for a tenth of `tokens`
-        apply_b_dec_to_input: subtract the decoder's bias from the input (never for a transcoder)
+        apply_b_dec_to_input: subtract the decoder's bias from the input (never for a transcoder); None: as the
+            architecture's paper does, with a dense encoder but not with a KronSAE's
         unit_norm_decoder: keep decoder rows at norm 1, and take the parallel part out of their gradient
         grad_clip: largest norm of a dictionary's gradient; None for no clipping
         precision: of the encoder's product: float32, screened (bfloat16 proposes, float32 decides) or bfloat16
@@ -85,7 +149,7 @@ class TrainingConfig:
     alpha: float = 1 / 32
     k_aux: int | None = None
     dead_after: int | None = None
-    apply_b_dec_to_input: bool = True
+    apply_b_dec_to_input: bool | None = None
     unit_norm_decoder: bool = True
     grad_clip: float | None = 1.0
     precision: Precision = "float32"

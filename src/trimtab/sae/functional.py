@@ -35,7 +35,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trimtab.sae import kernels
+from trimtab.sae.encodings import DenseEncoding, Encoding, Latents
 from trimtab.sae.kernels import Precision
+from trimtab.sae.objectives import RECONSTRUCTION, Objective
 
 __all__ = [
     "Latents",
@@ -59,11 +61,7 @@ class Weights(NamedTuple):
     decoder_bias: Float[Tensor, " d_out"]
 
 
-class Latents(NamedTuple):
-    """Sparse latents of each token. Slots whose pre-activation is not positive hold the value 0 and any index."""
-
-    values: Float[Tensor, "*tokens k"]
-    indices: Int[Tensor, "*tokens k"]
+DENSE = DenseEncoding()
 
 
 def encode_dense(
@@ -80,39 +78,42 @@ def encode_dense(
 
 def sparse_encode(
     x: Float[Tensor, "tokens d_in"],
-    encoder: Float[Tensor, "n_latents d_in"],
-    encoder_bias: Float[Tensor, " n_latents"],
+    encoder: Float[Tensor, "rows d_in"],
+    encoder_bias: Float[Tensor, " rows"],
     k: int,
     *,
+    encoding: Encoding = DENSE,
     precision: Precision = "float32",
 ) -> Latents:
     """f as `Latents`, differentiable in `x`, `encoder` and `encoder_bias`; equal to `encode_dense`.
 
-    The backward pass touches the k chosen latents of each token only. Gradients need float32 or float64.
+    The backward pass touches the encoder rows of the chosen latents only. Gradients need float32 or float64.
     """
-    values, indices = _TopKProjection.apply(x, encoder, encoder_bias, k, precision)
-    return Latents(values.relu(), indices)
+    values, indices = _SparseEncode.apply(x, encoder, encoder_bias, k, encoding, precision)
+    return Latents(values, indices)
 
 
-class _TopKProjection(torch.autograd.Function):
+class _SparseEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, k: int, precision: Precision) -> Any:
-        values, indices = kernels.top_products(x, encoder, bias, k, precision=precision)
-        ctx.save_for_backward(x, encoder, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+    def forward(
+        ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, k: int, encoding: Encoding, precision: Precision
+    ) -> Any:
+        latents, ctx.pullback = encoding.top(x, encoder, bias, k, precision=precision)
+        ctx.save_for_backward(x, encoder)
+        ctx.mark_non_differentiable(latents.indices)
+        return latents.values, latents.indices
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x, encoder, indices = ctx.saved_tensors
-        d_values = gradients[0].contiguous()
-        d_x = kernels.mix_rows(d_values, indices, encoder) if ctx.needs_input_grad[0] else None
+        x, encoder = ctx.saved_tensors
+        d_pre, rows = ctx.pullback(gradients[0])
+        d_x = kernels.mix_rows(d_pre, rows, encoder) if ctx.needs_input_grad[0] else None
         d_encoder = d_bias = None
         if ctx.needs_input_grad[1]:
-            d_encoder = kernels.add_outer(d_values, indices, x, torch.empty_like(encoder))
+            d_encoder = kernels.add_outer(d_pre, rows, x, torch.empty_like(encoder))
         if ctx.needs_input_grad[2]:
-            d_bias = _sum_by_index(d_values, indices, encoder.shape[0])
-        return d_x, d_encoder, d_bias, None, None
+            d_bias = _sum_by_index(d_pre, rows, encoder.shape[0])
+        return d_x, d_encoder, d_bias, None, None, None
 
 
 def sparse_decode(
@@ -184,6 +185,8 @@ def loss_and_gradients(
     *,
     k: int,
     variance: float,
+    encoding: Encoding = DENSE,
+    objective: Objective = RECONSTRUCTION,
     subtract_bias: bool = True,
     dead: Int[Tensor, " n_dead"] | None = None,
     k_aux: int = 0,
@@ -192,49 +195,50 @@ def loss_and_gradients(
 ) -> StepOutput:
     """L_main, L_aux and every gradient of L, in closed form and without a [tokens, n_latents] tensor.
 
+    objective: what L_main is; that of the module's docstring by default, others with |e|^2 summed over prefixes.
     dead: the indices of the latents that AuxK may use; None or empty for no AuxK.
     gradients: overwritten, not accumulated, with dL/d(parameter). Float32 or float64.
     """
     encoder, encoder_bias, decoder, decoder_bias = weights
-    n_latents = encoder.shape[0]
     centred = x - decoder_bias if subtract_bias else x
-    pre, indices = kernels.top_products(centred, encoder, encoder_bias, k, precision=precision)
-    latents = Latents(pre.relu(), indices)
-    residual = target - sparse_decode(latents, decoder, decoder_bias)
-    loss = residual.square().sum(-1).mean() / variance
+    latents, pullback = encoding.top(centred, encoder, encoder_bias, objective.selected(k), precision=precision)
+    found = objective.loss_and_gradients(latents, decoder, decoder_bias, target, variance, gradients.decoder)
+    d_pre, rows = pullback(found.d_values)
+    kernels.add_outer(d_pre, rows, centred, gradients.encoder)
+    gradients.encoder_bias.copy_(_sum_by_index(d_pre, rows, encoder.shape[0]))
 
-    d_reconstruction = residual * (-2.0 / (len(x) * variance))
-    d_pre = kernels.row_products(d_reconstruction, decoder, indices).mul_(pre > 0)
-    kernels.add_outer(latents.values, indices, d_reconstruction, gradients.decoder)
-    kernels.add_outer(d_pre, indices, centred, gradients.encoder)
-    gradients.encoder_bias.copy_(_sum_by_index(d_pre, indices, n_latents))
-
-    aux_loss = loss.new_zeros(())
+    residual, aux_loss = found.residual, found.loss.new_zeros(())
     if dead is not None and len(dead) and alpha:
-        aux_loss = _add_aux_gradients(centred, weights, residual, dead, min(k_aux, len(dead)), alpha, gradients)
-    torch.sum(d_reconstruction, 0, out=gradients.decoder_bias)
+        k_aux = min(k_aux, len(dead))
+        aux_loss = _add_aux_gradients(centred, weights, residual, encoding, dead, k_aux, alpha, gradients)
+    torch.sum(found.d_reconstruction, 0, out=gradients.decoder_bias)
     if subtract_bias:
         gradients.decoder_bias.sub_(gradients.encoder_bias @ encoder)
-    return StepOutput(loss, aux_loss, latents, residual)
+    return StepOutput(found.loss, aux_loss, latents, residual)
 
 
 def _add_aux_gradients(
-    centred: Tensor, weights: Weights, residual: Tensor, dead: Tensor, k_aux: int, alpha: float, gradients: Weights
+    centred: Tensor,
+    weights: Weights,
+    residual: Tensor,
+    encoding: Encoding,
+    dead: Tensor,
+    k_aux: int,
+    alpha: float,
+    gradients: Weights,
 ) -> Tensor:
     """L_aux; its gradients are added to those of encoder, encoder bias and decoder."""
     variance = (residual - residual.mean(0)).square().sum(-1).mean()
     if not variance > 0:
         return residual.new_zeros(())
     encoder, encoder_bias, decoder, _ = weights
-    pre, local = kernels.top_products(centred, encoder[dead], encoder_bias[dead], k_aux)
-    indices = dead[local]
-    values = pre.relu()
+    (values, indices), pullback = encoding.top(centred, encoder, encoder_bias, k_aux, among=dead)
     difference = kernels.mix_rows(values, indices, decoder) - residual
     d_estimate = difference * (2.0 * alpha / (len(centred) * variance))
-    d_pre = kernels.row_products(d_estimate, decoder, indices).mul_(pre > 0)
+    d_pre, rows = pullback(kernels.row_products(d_estimate, decoder, indices))
     kernels.add_outer(values, indices, d_estimate, gradients.decoder, accumulate=True)
-    kernels.add_outer(d_pre, indices, centred, gradients.encoder, accumulate=True)
-    gradients.encoder_bias.add_(_sum_by_index(d_pre, indices, encoder.shape[0]))
+    kernels.add_outer(d_pre, rows, centred, gradients.encoder, accumulate=True)
+    gradients.encoder_bias.add_(_sum_by_index(d_pre, rows, encoder.shape[0]))
     return difference.square().sum(-1).mean() / variance
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Precision", "add_outer", "mix_rows", "row_products", "top_products"]
+__all__ = ["Precision", "add_outer", "candidates", "mix_rows", "row_products", "top_products"]
 
 Precision = Literal["float32", "screened", "bfloat16"]
 
@@ -54,9 +54,9 @@ def top_products(
         "bfloat16"  the product in bfloat16, its values cast back.
     """
     tokens, n_latents = x.shape[0], weight.shape[0]
-    candidates = min(n_latents, round(k * SCREENING_MARGIN)) if precision == "screened" else k
-    values = x.new_empty(tokens, candidates)
-    indices = torch.empty(tokens, candidates, dtype=torch.int64, device=x.device)
+    proposed = candidates(k, n_latents, precision)
+    values = x.new_empty(tokens, proposed)
+    indices = torch.empty(tokens, proposed, dtype=torch.int64, device=x.device)
     product_dtype = x.dtype if precision == "float32" else torch.bfloat16
     rows, columns, shift = x.to(product_dtype), weight.to(product_dtype).T, bias.to(product_dtype)
     step = max(1, BLOCK_ELEMENTS // n_latents)
@@ -64,13 +64,18 @@ def top_products(
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         product = torch.addmm(shift, rows[start:stop], columns, out=block[: stop - start])
-        top = product.topk(candidates, dim=-1, sorted=False)
+        top = product.topk(proposed, dim=-1, sorted=False)
         values[start:stop], indices[start:stop] = top.values, top.indices
     if precision != "screened":
         return values, indices
     exact = row_products(x, weight, indices) + bias[indices]
     values, chosen = exact.topk(k, dim=-1, sorted=False)
     return values, indices.gather(-1, chosen)
+
+
+def candidates(k: int, n_latents: int, precision: Precision) -> int:
+    """How many latents of each token a product in `precision` proposes, of which k are kept."""
+    return min(n_latents, round(k * SCREENING_MARGIN)) if precision == "screened" else k
 
 
 def row_products(

@@ -5,6 +5,7 @@ The formulas are those of `trimtab.sae.functional`; the file format is that of `
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from trimtab.core.errors import TrimtabError
 from trimtab.sae import functional as fn
-from trimtab.sae.functional import Latents
+from trimtab.sae.encodings import Encoding, Latents
 from trimtab.sae.kernels import Precision
 
 __all__ = ["TopKSAE", "TopKSAEConfig"]
@@ -69,6 +70,16 @@ class TopKSAEConfig:
         """d_out, or d_in where it was not given."""
         return self.d_in if self.d_out is None else self.d_out
 
+    @property
+    def encoding(self) -> Encoding:
+        """What the latents are in terms of the encoder's pre-activations."""
+        return fn.DENSE
+
+    @property
+    def rows(self) -> int:
+        """Rows of the encoder."""
+        return self.n_latents
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary."""
         return asdict(self)
@@ -89,8 +100,8 @@ class TopKSAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-au
         self._hub_mixin_config = None  # the directory holds SAELens's cfg.json; the mixin's config.json stays out
         self.config = config
         self.precision: Precision = "float32"
-        self.encoder = nn.Parameter(torch.empty(config.n_latents, config.d_in))
-        self.encoder_bias = nn.Parameter(torch.empty(config.n_latents))
+        self.encoder = nn.Parameter(torch.empty(config.rows, config.d_in))
+        self.encoder_bias = nn.Parameter(torch.empty(config.rows))
         self.decoder = nn.Parameter(torch.empty(config.n_latents, config.output_width))
         self.decoder_bias = nn.Parameter(torch.empty(config.output_width))
         if not self.encoder.is_meta:
@@ -110,25 +121,29 @@ class TopKSAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-au
         self.encoder_bias.zero_()
         self.decoder_bias.zero_()
 
-    def encode_sparse(self, x: Float[Tensor, "*tokens d_in"]) -> Latents:
-        """The k latents of each token, as values [*tokens, k] and indices [*tokens, k]; unsorted."""
+    def encode_sparse(self, x: Float[Tensor, "*tokens d_in"], k: int | None = None) -> Latents:
+        """The largest latents of each token, as values [*tokens, k] and indices [*tokens, k]; unsorted.
+
+        k: how many; None for the configuration's. With more than those that it was trained with, it warns.
+        """
         self._check_width(x)
+        k = self._budget(k)
         flat = x.reshape(-1, self.config.d_in).to(self.encoder.dtype)
         if self.config.apply_b_dec_to_input:
             flat = flat - self.decoder_bias
         values, indices = fn.sparse_encode(
-            flat, self.encoder, self.encoder_bias, self.config.k, precision=self.precision
+            flat, self.encoder, self.encoder_bias, k, encoding=self.config.encoding, precision=self.precision
         )
-        shape = (*x.shape[:-1], self.config.k)
+        shape = (*x.shape[:-1], k)
         return Latents(values.view(shape), indices.view(shape))
 
     def decode_sparse(self, latents: Latents) -> Float[Tensor, "*tokens d_out"]:
         """The reconstruction from sparse latents."""
         return fn.sparse_decode(latents, self.decoder, self.decoder_bias)
 
-    def encode(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens n_latents"]:
+    def encode(self, x: Float[Tensor, "*tokens d_in"], k: int | None = None) -> Float[Tensor, "*tokens n_latents"]:
         """All latents of each token, at most k of them positive. Costs tokens x n_latents of memory."""
-        latents = self.encode_sparse(x)
+        latents = self.encode_sparse(x, k)
         dense = latents.values.new_zeros(*x.shape[:-1], self.config.n_latents)
         return dense.scatter(-1, latents.indices, latents.values)
 
@@ -136,9 +151,18 @@ class TopKSAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-au
         """The reconstruction from dense latents."""
         return latents @ self.decoder + self.decoder_bias
 
-    def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
-        """x_hat, in the dtype of `x`."""
-        return self.decode_sparse(self.encode_sparse(x)).to(x.dtype)
+    def forward(self, x: Float[Tensor, "*tokens d_in"], k: int | None = None) -> Float[Tensor, "*tokens d_out"]:
+        """x_hat, in the dtype of `x`, from the k largest latents."""
+        return self.decode_sparse(self.encode_sparse(x, k)).to(x.dtype)
+
+    def _budget(self, k: int | None) -> int:
+        if k is None:
+            return self.config.k
+        if not 1 <= k <= self.config.n_latents:
+            raise TrimtabError(f"k={k!r} must lie between 1 and n_latents={self.config.n_latents}")
+        if k > self.config.k:
+            warnings.warn(f"k={k} is more than the k={self.config.k} of training: untrained there", stacklevel=4)
+        return k
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.config.d_in:
@@ -177,7 +201,7 @@ class TopKSAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-au
     def fold_scales(self, input_scale: float, output_scale: float) -> None:
         """Turn a dictionary of x / input_scale -> t / output_scale into one of x -> t, exactly.
 
-        TopK and relu commute with a positive scale c: values grow by `output_scale`, the decoder stays.
+        TopK commutes with a positive scale c: values grow by `output_scale`, the decoder stays.
         """
         for name, scale in (("input_scale", input_scale), ("output_scale", output_scale)):
             if not scale > 0:
@@ -187,9 +211,15 @@ class TopKSAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-au
                 f"input_scale={input_scale!r} and output_scale={output_scale!r} must be equal where b_dec is "
                 "subtracted from the input"
             )
-        self.encoder.mul_(output_scale / input_scale)
-        self.encoder_bias.mul_(output_scale)
+        self.encoder.div_(input_scale)
+        self.scale_latents(output_scale)
         self.decoder_bias.mul_(output_scale)
+
+    @torch.no_grad()
+    def scale_latents(self, scale: float) -> None:
+        """Make every latent `scale` times as large, exactly."""
+        self.encoder.mul_(scale)
+        self.encoder_bias.mul_(scale)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from trimtab.sae import formats  # formats are made of this class, so they load when they are asked for

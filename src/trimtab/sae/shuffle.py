@@ -21,6 +21,10 @@ from trimtab.sae.harvest import ShardSource
 __all__ = ["ShuffledActivations"]
 
 
+EMPTY_ROUNDS = 16
+"""Rounds without a row after which the text counts as one that has none."""
+
+
 class ShuffledActivations:
     """Batches of exactly `batch_size` rows, {place: [batch_size, width]}, without end.
 
@@ -58,7 +62,7 @@ class ShuffledActivations:
             part = {place: tensor[self._offset : self._offset + missing] for place, tensor in rows.items()}
             taken = len(next(iter(part.values())))
             fruitless = 0 if taken else fruitless + 1
-            if fruitless > 2:
+            if fruitless > EMPTY_ROUNDS:
                 raise TrimtabError("the text yields no activations: every token is special or an attention sink")
             parts.append(part)
             missing -= taken

@@ -84,7 +84,7 @@ def train(
 
 
 def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[str]) -> list[str]:
-    """Directory names: the place, with target, size, k and seed where the place alone would not tell them apart.
+    """Directory names: the place, with size, k, seed and kind where the place alone would not tell them apart.
 
     Raises TrimtabError for none, for two of one name, and for a dictionary of something else than `places`.
     """
@@ -98,10 +98,16 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
         name = "-to-".join(dictionary.places)
         if sum(other.places == dictionary.places for other in dictionaries) > 1:
             name += f"-n{dictionary.n_latents}-k{dictionary.k}-s{dictionary.seed}"
+            if dictionary.kron is not None:
+                name += f"-kron{dictionary.kron[0]}x{dictionary.kron[1]}"
+            if dictionary.objective != "reconstruction":
+                name += f"-{dictionary.objective}"
         names.append(name)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise TrimtabError(f"dictionaries hold {twice!r} twice; they must differ in place, target, size, k or seed")
+        raise TrimtabError(
+            f"dictionaries hold {twice!r} twice; they must differ in place, target, size, k, seed, kron or objective"
+        )
     return names
 
 

@@ -19,7 +19,7 @@ from trimtab.core.errors import TrimtabError
 
 __all__ = ["check_relative", "inside", "option", "positive", "read_json", "read_tensors", "write_pair"]
 
-T = TypeVar("T", bool, int, str, dict)
+T = TypeVar("T", bool, int, float, str, dict)
 
 MAX_JSON_BYTES = 64 * 2**20
 """Far above any honest configuration, far below what would exhaust a machine."""
@@ -117,7 +117,13 @@ def write_pair(
     write_file(directory / name, text.encode("utf-8"))
 
 
-_NAMES: dict[type, str] = {bool: "true or false", int: "an integer", str: "a string", dict: "an object"}
+_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number with a decimal point",
+    str: "a string",
+    dict: "an object",
+}
 
 
 def _check_regular(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SAELens's directory format, version 6, for TopK dictionaries: what `save_pretrained` writes and reads.
+"""SAELens's directory format, version 6, for TopK and Kron dictionaries: what `save_pretrained` writes and reads.
 
     cfg.json                   architecture "topk", d_in, d_sae, k, dtype, …, and free metadata
     sae_weights.safetensors    W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]
@@ -6,6 +6,10 @@
 
 SAELens has no TopK transcoder. One is kept in the same layout under an architecture of our own, "topk_transcoder",
 with d_out in cfg.json; SAELens refuses such a file by that name, and `export_saelens` refuses to make one.
+
+A KronSAE has the architecture "kron_topk" (a transcoder "kron_topk_transcoder"), with h, m, n, eps, activation and
+mask_inactive in cfg.json, W_enc [d_in, h (m + n)] and b_enc [h (m + n)] in the order of the authors' listing. SAELens
+reads it once `trimtab.sae.saelens` is imported.
 
 With rescale_acts_by_decoder_norm, SAELens ranks a_i |D_i| and decodes f_i D_i / |D_i|, with D_i the rows of W_dec:
 
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.formats._files import option, positive, read_json, read_tensors, write_pair
+from trimtab.sae.kron import ACTIVATIONS, KronSAE, KronSAEConfig, head_major
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 __all__ = ["CFG", "SPARSITY", "WEIGHTS", "export_saelens", "read_saelens", "write_saelens"]
@@ -39,6 +44,10 @@ LAYOUT_VERSION = "6.54.12"
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 }
+
+ARCHITECTURES = ("topk", "topk_transcoder", "kron_topk", "kron_topk_transcoder")
+
+KRON_FIELDS = {"h": int, "m": int, "n": int, "eps": float, "activation": str, "mask_inactive": bool}
 
 NORMALIZATIONS = {
     "expected_average_only_in": "its scale is not in the file",
@@ -65,8 +74,9 @@ def write_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tensor
     dtype = str(sae.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    architecture = "kron_topk" if isinstance(config, KronSAEConfig) else "topk"
     fields: dict[str, Any] = {
-        "architecture": "topk_transcoder" if config.transcoder else "topk",
+        "architecture": f"{architecture}_transcoder" if config.transcoder else architecture,
         "d_in": config.d_in,
         "d_sae": config.n_latents,
         "k": config.k,
@@ -80,6 +90,8 @@ def write_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tensor
     }
     if config.transcoder:
         fields["d_out"] = config.output_width
+    if isinstance(config, KronSAEConfig):
+        fields |= {name: getattr(config, name) for name in KRON_FIELDS}
     tensors = {WEIGHTS: {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}}
     if sparsity is not None:
         if len(sparsity) != config.n_latents:
@@ -103,7 +115,8 @@ def export_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tenso
 def read_saelens(directory: Path | str) -> TopKSAE:
     """The dictionary in `directory`, on the CPU, in the dtype that its cfg.json names.
 
-    Read are SAELens's "topk" (with rescale_acts_by_decoder_norm folded into the weights) and our "topk_transcoder".
+    Read are SAELens's "topk" (with rescale_acts_by_decoder_norm folded into the weights) and the architectures of our
+    own that the module's docstring names.
     Keys of cfg.json that neither has are ignored, as SAELens does; all of its metadata is kept.
 
     Raises:
@@ -115,8 +128,8 @@ def read_saelens(directory: Path | str) -> TopKSAE:
     dtype = option(path, fields, "dtype", str, "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise unknown(f"{path}: dtype", dtype, DTYPES)
-    n_latents, d_in, d_out = config.n_latents, config.d_in, config.output_width
-    shapes = {"W_enc": (d_in, n_latents), "b_enc": (n_latents,), "W_dec": (n_latents, d_out), "b_dec": (d_out,)}
+    rows, n_latents, d_in, d_out = config.rows, config.n_latents, config.d_in, config.output_width
+    shapes = {"W_enc": (d_in, rows), "b_enc": (rows,), "W_dec": (n_latents, d_out), "b_dec": (d_out,)}
     tensors = {name: t.to(DTYPES[dtype]) for name, t in read_tensors(Path(directory) / WEIGHTS, shapes, CFG).items()}
     weights = {
         "encoder": tensors["W_enc"].T.contiguous(),
@@ -124,7 +137,14 @@ def read_saelens(directory: Path | str) -> TopKSAE:
         "decoder": tensors["W_dec"],
         "decoder_bias": tensors["b_dec"],
     }
+    if isinstance(config, KronSAEConfig):
+        for name in ("encoder", "encoder_bias"):
+            weights[name] = head_major(weights[name], config.encoding, inverse=True).contiguous()
     if option(path, fields, "rescale_acts_by_decoder_norm", bool, False):
+        if isinstance(config, KronSAEConfig):
+            raise TrimtabError(
+                f"{path}: rescale_acts_by_decoder_norm=true has no meaning for a KronSAE; accepted: false"
+            )
         _fold_decoder_norms(weights)
     return assemble(config, weights)
 
@@ -132,15 +152,15 @@ def read_saelens(directory: Path | str) -> TopKSAE:
 def assemble(config: TopKSAEConfig, weights: dict[str, Tensor]) -> TopKSAE:
     """A dictionary that takes `weights` as they are, without ever having had others."""
     with torch.device("meta"):
-        sae = TopKSAE(config)
+        sae = KronSAE(config) if isinstance(config, KronSAEConfig) else TopKSAE(config)
     sae.load_state_dict(weights, assign=True)
     return sae
 
 
 def _config(path: Path, fields: dict[str, Any]) -> TopKSAEConfig:
     architecture = option(path, fields, "architecture", str)
-    if architecture not in ("topk", "topk_transcoder"):
-        raise unknown(f"{path}: architecture", architecture[:200], ["topk", "topk_transcoder"])
+    if architecture not in ARCHITECTURES:
+        raise unknown(f"{path}: architecture", architecture[:200], ARCHITECTURES)
     normalization = option(path, fields, "normalize_activations", str, "none")
     if normalization != "none":
         reason = NORMALIZATIONS.get(normalization, "it is not known")
@@ -148,20 +168,29 @@ def _config(path: Path, fields: dict[str, Any]) -> TopKSAEConfig:
     reshaping = option(path, fields, "reshape_activations", str, "none")
     if reshaping != "none":
         raise TrimtabError(f"{path}: reshape_activations={reshaping[:200]!r}; accepted: 'none'")
-    transcoder = architecture == "topk_transcoder"
+    transcoder = architecture.endswith("_transcoder")
+    kron = architecture.startswith("kron")
     metadata = dict(option(path, fields, "metadata", dict, {}))
     metadata.pop("sae_lens_version", None)  # of the file, not of the dictionary: the next writer states its own
     sizes = {name: positive(path, fields, name) for name in ("d_in", "d_sae", "k")}
+    common: dict[str, Any] = {
+        "d_in": sizes["d_in"],
+        "k": sizes["k"],
+        "d_out": positive(path, fields, "d_out") if transcoder else None,
+        "transcoder": transcoder,
+        "apply_b_dec_to_input": option(path, fields, "apply_b_dec_to_input", bool, not (transcoder or kron)),
+        "metadata": metadata,
+    }
     try:
-        return TopKSAEConfig(
-            d_in=sizes["d_in"],
-            n_latents=sizes["d_sae"],
-            k=sizes["k"],
-            d_out=positive(path, fields, "d_out") if transcoder else None,
-            transcoder=transcoder,
-            apply_b_dec_to_input=option(path, fields, "apply_b_dec_to_input", bool, not transcoder),
-            metadata=metadata,
-        )
+        if not kron:
+            return TopKSAEConfig(n_latents=sizes["d_sae"], **common)
+        shape: dict[str, Any] = {name: option(path, fields, name, kind) for name, kind in KRON_FIELDS.items()}
+        if shape["activation"] not in ACTIVATIONS:
+            raise unknown("activation", shape["activation"][:200], ACTIVATIONS)
+        config = KronSAEConfig(**shape, **common)
+        if config.n_latents != sizes["d_sae"]:
+            raise TrimtabError(f"d_sae={sizes['d_sae']} is not h m n = {config.n_latents}")
+        return config
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error} (n_latents is d_sae here)") from error
 

@@ -1,0 +1,78 @@
+"""From an encoder's pre-activations to the largest latents of a token, and the gradient back.
+
+An encoder is a matrix E [rows, d] and a bias b [rows]; an *encoding* says what the latents are in terms of x E^T + b.
+For the dense encoding every row is a latent; KronSAE's (`trimtab.sae.kron`) makes h m n latents of h (m + n) rows. The
+gradient with respect to the pre-activations has a few entries a token, which the pullback names by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimtab.sae import kernels
+from trimtab.sae.kernels import Precision
+
+__all__ = ["DenseEncoding", "Encoding", "Latents", "Pullback", "blocks"]
+
+
+class Latents(NamedTuple):
+    """Sparse latents of each token. Slots whose pre-activation is not positive hold the value 0 and any index."""
+
+    values: Float[Tensor, "*tokens k"]
+    indices: Int[Tensor, "*tokens k"]
+
+
+Pullback = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From dL/d(values) [tokens, k] to the entries of dL/d(pre-activations) [tokens, r] and their encoder rows."""
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """What the latents are in terms of the pre-activations."""
+
+    def top(
+        self,
+        x: Tensor,
+        encoder: Tensor,
+        bias: Tensor,
+        k: int,
+        *,
+        precision: Precision = "float32",
+        among: Tensor | None = None,
+    ) -> tuple[Latents, Pullback]:
+        """The k largest latents of each token, of all or of those `among`, unsorted; values of 0 where not positive."""
+
+
+class DenseEncoding:
+    """Every row of the encoder is a latent: f = relu(TopK(x E^T + b))."""
+
+    def top(
+        self,
+        x: Float[Tensor, "tokens d"],
+        encoder: Float[Tensor, "n_latents d"],
+        bias: Float[Tensor, " n_latents"],
+        k: int,
+        *,
+        precision: Precision = "float32",
+        among: Int[Tensor, " some"] | None = None,
+    ) -> tuple[Latents, Pullback]:
+        if among is None:
+            pre, indices = kernels.top_products(x, encoder, bias, k, precision=precision)
+        else:
+            pre, local = kernels.top_products(x, encoder[among], bias[among], k)
+            indices = among[local]
+
+        def pullback(d_values: Tensor) -> tuple[Tensor, Tensor]:
+            return d_values * (pre > 0), indices
+
+        return Latents(pre.relu(), indices), pullback
+
+
+def blocks(tokens: int, width: int) -> Iterator[slice]:
+    """Blocks of tokens in which `width` entries for each stay below what is held at once."""
+    step = max(1, kernels.BLOCK_ELEMENTS // width)
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
