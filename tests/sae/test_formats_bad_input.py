@@ -76,8 +76,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "overflow": (raw('{"k": 1e999}'), r"cfg.json: k is NaN or infinite"),
     "no architecture": (lambda d: raw('{"k": 1}')(d), r"cfg.json: architecture is missing; accepted: a string"),
     "other architecture": (
-        lambda d: change(d, architecture="jumprelu"),
-        r"cfg.json: architecture='jumprelu' is not known.*Accepted: topk, topk_transcoder",
+        lambda d: change(d, architecture="gated"),
+        r"cfg.json: architecture='gated' is not known.*Accepted: topk, topk_transcoder",
     ),
     "architecture a number": (lambda d: change(d, architecture=3), r"architecture=3; accepted: a string"),
     "d_in a string": (lambda d: change(d, d_in="7"), r"cfg.json: d_in='7'; accepted: an integer"),

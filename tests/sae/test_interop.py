@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
 from trimtab.sae import formats
+from trimtab.sae.jumprelu import JumpReLUSAE
 from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
@@ -163,10 +164,31 @@ def test_what_weights_cannot_express_is_refused(
         TopKSAE.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["Standard", "JumpReLU"])
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_relu_and_jumprelu_dictionaries_of_saelens_are_read_and_written(
+    sae_lens: ModuleType, tmp_path: Path, name: str, apply_b_dec_to_input: bool
+) -> None:
+    config = getattr(sae_lens, f"{name}SAEConfig")(
+        d_in=D_IN, d_sae=N_LATENTS, apply_b_dec_to_input=apply_b_dec_to_input
+    )
+    theirs = getattr(sae_lens, f"{name}SAE")(config)
+    randomise(theirs)
+    theirs.save_model(tmp_path / "theirs")
+    ours, x = TopKSAE.from_pretrained(tmp_path / "theirs"), activations()
+    assert isinstance(ours, JumpReLUSAE)
+    close(ours.encode(x), theirs.encode(x))
+    close(ours(x), theirs(x))
+    ours.save_pretrained(tmp_path / "ours")
+    back = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+    assert type(back) is sae_lens.JumpReLUSAE
+    close(back(x), theirs(x))
+
+
 def test_other_architectures_of_saelens_are_refused(sae_lens: ModuleType, tmp_path: Path) -> None:
-    theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=D_IN, d_sae=N_LATENTS))
+    theirs = sae_lens.GatedSAE(sae_lens.GatedSAEConfig(d_in=D_IN, d_sae=N_LATENTS))
     theirs.save_model(tmp_path)
-    with pytest.raises(TrimtabError, match=r"architecture='standard' is not known.*Accepted: topk"):
+    with pytest.raises(TrimtabError, match=r"architecture='gated' is not known.*Accepted: topk"):
         TopKSAE.from_pretrained(tmp_path)
 
 

@@ -16,8 +16,18 @@ from transformers import BertConfig, BertForMaskedLM, LlamaModel, PreTrainedToke
 from trimtab.core.activations import recording
 from trimtab.core.errors import TrimtabError
 from trimtab.core.text import TextSource
+from trimtab.sae import metrics
 from trimtab.sae.harvest import Harvest, HarvestConfig
-from trimtab.sae.metrics import Evaluation, ReconstructionMeter, evaluate, language_loss, splice
+from trimtab.sae.metrics import (
+    Evaluation,
+    ReconstructionMeter,
+    area_under_curve,
+    ev_curve,
+    evaluate,
+    language_loss,
+    reconstruction,
+    splice,
+)
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 CONFIG = HarvestConfig(context=12, sequences_per_forward=2, sink_norm_ratio=None)
@@ -113,6 +123,23 @@ def test_a_perfect_reconstruction_and_the_mean() -> None:
     for name in ("explained_variance", "explained_variance_without_top_dimension", "explained_variance_legacy"):
         assert perfect[name] == 1.0
         assert mean[name] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_curve_over_budgets_is_that_of_each_budget_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "ROWS", 50)
+    sae, rows = random_sae(k=7), torch.randn(130, 32, generator=torch.Generator().manual_seed(4))
+    curve = ev_curve(sae, rows)
+    assert list(curve) == [1, 2, 4, 7]
+    for j, value in {**curve, **ev_curve(sae, rows, [3])}.items():
+        assert value == pytest.approx(reconstruction(sae, rows, j)["explained_variance"], abs=1e-6)
+    for budgets in ([], [0, 1], [8]):
+        with pytest.raises(TrimtabError, match=r"accepted: whole numbers of 1 to k=7"):
+            ev_curve(sae, rows, budgets)
+
+
+def test_the_area_under_a_curve_is_its_mean_over_the_logarithm() -> None:
+    assert area_under_curve({1: 0.2, 2: 0.4, 8: 0.8}) == pytest.approx((0.3 + 0.6 * 2) / 3)
+    assert area_under_curve({4: 0.7}) == 0.7
 
 
 def test_nothing_measured_is_an_error() -> None:

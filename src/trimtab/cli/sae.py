@@ -20,7 +20,8 @@ from trimtab.gallery.dictionaries import dictionary_page, place_of, read_history
 from trimtab.gallery.report import MAX_LATENTS, render
 from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
-from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShardSource
+from trimtab.sae.functional import Sparsifier
+from trimtab.sae.harvest import Harvest, HarvestConfig, Mixture, ShardCache, ShardSource
 from trimtab.sae.metrics import evaluate as evaluate_sae
 from trimtab.sae.modeling import TopKSAE
 from trimtab.sae.plan import plan
@@ -75,6 +76,11 @@ def train(
     kron: list[int] = [],  # noqa: B006
     objective: ObjectiveName = "reconstruction",
     budgets: list[int] = [],  # noqa: B006
+    sparsifier: Sparsifier = "topk",
+    base: str | None = None,
+    start: str | None = None,
+    replay_text: str | None = None,
+    replay_share: float = 0.1,
     dtype: Dtype = "float32",
     cache: Path | None = None,
     layers: str | None = None,
@@ -101,6 +107,11 @@ def train(
         objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
             4 k; matryoshka, from the first latents of the dictionary
         budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
+        sparsifier: topk, or batch_topk: k latents on average, and thresholds (JumpReLU) at inference
+        base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
+        start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
+        replay_text: general text whose activations are mixed in, as for text
+        replay_share: its share of the activations
         dtype: of the language model
         cache: directory that keeps the activations for further runs
         layers: dotted path of the model's list of blocks, for unknown architectures
@@ -119,6 +130,9 @@ def train(
             kron=(kron[0], kron[1]) if kron else None,
             objective=objective,
             budgets=tuple(budgets) or None,
+            sparsifier=sparsifier,
+            base=base,
+            start=start,
             seed=seed,
         )
         for place, size, active, seed in itertools.product(places, n_latents, k, seeds)
@@ -130,6 +144,10 @@ def train(
         print(plan(dictionaries, live, training, cached=cache is not None))
         return
     shards: ShardSource = live if cache is None else ShardCache(live, cache)
+    if replay_text is not None:
+        general = TextSource(replay_text, chat_tokenizer=tokenizer)
+        replay = Harvest(lm, tokenizer, general, needed, harvest, layers=layers)
+        shards = Mixture(shards, replay, replay_share)
     finished = train_dictionaries(dictionaries, shards, training, out, allow_previous=allow_previous)
     table = Table(
         "dictionary", "loss", "L0", "dead", title=f"trained on {training.steps * training.batch_size:,} tokens"

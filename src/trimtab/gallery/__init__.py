@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["load", "slugs"]
 
 # The method's slug and its module in `gallery/experiments`.
-_MODULES: dict[str, str] = {"topk-sae": "topk_sae"}
+_MODULES: dict[str, str] = {
+    "topk-sae": "topk_sae",
+    "kron-sae": "kron_sae",
+    "hierarchical-topk": "hierarchical_topk",
+    "sae-boost": "sae_boost",
+}
 
 
 def slugs() -> list[str]:

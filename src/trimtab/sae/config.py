@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trimtab.core.errors import TrimtabError, unknown
+from trimtab.sae.functional import Sparsifier
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import (
     RECONSTRUCTION,
@@ -37,6 +38,9 @@ class DictionaryConfig:
         budgets: hierarchical: the numbers of latents, None for all of 1 … k; matryoshka: lengths of the prefixes, the
             last of them n_latents
         budget_weights: hierarchical: a weight for each of `budgets`; None for equal ones
+        sparsifier: topk, or batch_topk: k latents on average over a batch, and thresholds (JumpReLU) at inference
+        base: directory of a finished dictionary of `place`: what it leaves over is learned (SAE Boost, batch_topk)
+        start: directory of a finished dictionary of this shape, whose weights are the initial ones: fine-tuning
         seed: of its initial weights
     """
 
@@ -48,6 +52,9 @@ class DictionaryConfig:
     objective: ObjectiveName = "reconstruction"
     budgets: tuple[int, ...] | None = None
     budget_weights: tuple[float, ...] | None = None
+    sparsifier: Sparsifier = "topk"
+    base: str | None = None
+    start: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,7 +70,21 @@ class DictionaryConfig:
             raise TrimtabError(
                 f"kron={self.kron}: n_latents={self.n_latents} must be a multiple of m x n, both positive"
             )
+        if self.sparsifier not in get_args(Sparsifier):
+            raise unknown("sparsifier", self.sparsifier, get_args(Sparsifier))
+        if self.base is not None and (self.target is not None or self.kron is not None):
+            raise TrimtabError(f"base={self.base!r}: what it leaves over is learned by dense autoencoders only")
+        if self.batch_topk and (self.kron is not None or self.objective in ("hierarchical", "multi_topk")):
+            raise TrimtabError(
+                f"batch_topk has no meaning for kron={self.kron}, objective={self.objective!r}: a threshold "
+                "needs a dense encoder, a prefix by value a number of latents for each token"
+            )
         self._check_objective()
+
+    @property
+    def batch_topk(self) -> bool:
+        """Whether latents are selected over a batch."""
+        return self.sparsifier == "batch_topk" or self.base is not None
 
     def _check_objective(self) -> None:
         if self.objective not in get_args(ObjectiveName):
@@ -128,6 +149,8 @@ class TrainingConfig:
         final_learning_rate: where the cosine ends
         alpha: weight of AuxK, 0 for none
         k_aux: dead latents that AuxK uses for a token; None for the power of two nearest to half the width
+        aux_share: share of a batch's tokens on which AuxK is estimated (all of them in Gao et al.): dead latents get
+            many more of its gradients than live ones of the main loss, and half of them cost half
         dead_after: tokens without firing that make a latent dead; None for a tenth of `tokens`
         apply_b_dec_to_input: subtract the decoder's bias from the input (never for a transcoder); None: as the
             architecture's paper does, with a dense encoder but not with a KronSAE's
@@ -148,6 +171,7 @@ class TrainingConfig:
     final_learning_rate: float = 1e-6
     alpha: float = 1 / 32
     k_aux: int | None = None
+    aux_share: float = 0.5
     dead_after: int | None = None
     apply_b_dec_to_input: bool | None = None
     unit_norm_decoder: bool = True
@@ -177,6 +201,8 @@ class TrainingConfig:
             raise TrimtabError(f"final_learning_rate={self.final_learning_rate!r} must lie between 0 and learning_rate")
         if not 0 <= self.warmup <= 1:
             raise TrimtabError(f"warmup={self.warmup!r} must lie between 0 and 1")
+        if not 0 < self.aux_share <= 1:
+            raise TrimtabError(f"aux_share={self.aux_share!r} must lie above 0 and at most at 1")
         if not self.alpha >= 0:
             raise TrimtabError(f"alpha={self.alpha!r} must be 0 or above")
         if self.grad_clip is not None and not self.grad_clip > 0:

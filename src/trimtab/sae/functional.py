@@ -28,19 +28,20 @@ Both terms are in units of a variance, so alpha keeps its meaning whatever the a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trimtab.sae import kernels
-from trimtab.sae.encodings import DenseEncoding, Encoding, Latents
+from trimtab.sae.encodings import DenseEncoding, Encoding, Latents, batch_top
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import RECONSTRUCTION, Objective
 
 __all__ = [
     "Latents",
+    "Sparsifier",
     "StepOutput",
     "Weights",
     "aux_k_loss",
@@ -62,6 +63,8 @@ class Weights(NamedTuple):
 
 
 DENSE = DenseEncoding()
+
+Sparsifier = Literal["topk", "batch_topk"]
 
 
 def encode_dense(
@@ -187,21 +190,32 @@ def loss_and_gradients(
     variance: float,
     encoding: Encoding = DENSE,
     objective: Objective = RECONSTRUCTION,
+    sparsifier: Sparsifier = "topk",
     subtract_bias: bool = True,
     dead: Int[Tensor, " n_dead"] | None = None,
     k_aux: int = 0,
     alpha: float = 0.0,
+    aux_tokens: int | None = None,
     precision: Precision = "float32",
 ) -> StepOutput:
     """L_main, L_aux and every gradient of L, in closed form and without a [tokens, n_latents] tensor.
 
     objective: what L_main is; that of the module's docstring by default, others with |e|^2 summed over prefixes.
+    sparsifier: "topk" selects k latents of each token, "batch_topk" k tokens' worth of the whole batch.
     dead: the indices of the latents that AuxK may use; None or empty for no AuxK.
+    aux_tokens: L_aux is that of the first so many tokens; None for all. Where tokens come in random order it is an
+        unbiased estimate, at that share of the cost.
     gradients: overwritten, not accumulated, with dL/d(parameter). Float32 or float64.
     """
     encoder, encoder_bias, decoder, decoder_bias = weights
     centred = x - decoder_bias if subtract_bias else x
-    latents, pullback = encoding.top(centred, encoder, encoder_bias, objective.selected(k), precision=precision)
+    k = objective.selected(k)
+    if sparsifier == "topk":
+        latents, pullback = encoding.top(centred, encoder, encoder_bias, k, precision=precision)
+    else:
+        latents, pullback = batch_top(
+            encoding, centred, encoder, encoder_bias, k, decoder.shape[0], precision=precision
+        )
     found = objective.loss_and_gradients(latents, decoder, decoder_bias, target, variance, gradients.decoder)
     d_pre, rows = pullback(found.d_values)
     kernels.add_outer(d_pre, rows, centred, gradients.encoder)
@@ -210,7 +224,8 @@ def loss_and_gradients(
     residual, aux_loss = found.residual, found.loss.new_zeros(())
     if dead is not None and len(dead) and alpha:
         k_aux = min(k_aux, len(dead))
-        aux_loss = _add_aux_gradients(centred, weights, residual, encoding, dead, k_aux, alpha, gradients)
+        few = slice(aux_tokens)
+        aux_loss = _add_aux_gradients(centred[few], weights, residual[few], encoding, dead, k_aux, alpha, gradients)
     torch.sum(found.d_reconstruction, 0, out=gradients.decoder_bias)
     if subtract_bias:
         gradients.decoder_bias.sub_(gradients.encoder_bias @ encoder)

@@ -35,6 +35,7 @@ from trimtab.core.text import TextPosition, TextSource, pack, position_from_json
 __all__ = [
     "Harvest",
     "HarvestConfig",
+    "Mixture",
     "ShardCache",
     "ShardSource",
     "TensorShards",
@@ -273,6 +274,47 @@ class TensorShards:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class Mixture:
+    """Shards of `main` with rows of `other` among them, as a share of all rows: replay of general text, say.
+
+    Raises TrimtabError for sources of different places or a share outside 0 … 1, and where a shard of `other` is too
+    short for its share.
+    """
+
+    def __init__(self, main: ShardSource, other: ShardSource, share: float) -> None:
+        if main.places != other.places:
+            raise TrimtabError(f"places {main.places} and {other.places} of the two sources differ")
+        if not 0 < share < 1:
+            raise TrimtabError(f"share={share!r} must lie between 0 and 1")
+        self._main, self._other, self._share = main, other, share
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self._main.identity, "mixed_with": self._other.identity, "share": self._share}
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self._main.places
+
+    def shard(self, index: int) -> dict[str, Tensor]:
+        main, other = self._main.shard(index), self._other.shard(index)
+        kept = len(next(iter(main.values())))
+        wanted = round(kept * self._share / (1 - self._share))
+        found = len(next(iter(other.values())))
+        if found < wanted:
+            raise TrimtabError(
+                f"share={self._share} needs {wanted} rows for shard {index}; the other source has {found}"
+            )
+        return {place: torch.cat([rows, other[place][:wanted]]) for place, rows in main.items()}
+
+    def state(self, index: int) -> dict[str, Any]:
+        return {"main": self._main.state(index), "other": self._other.state(index)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._main.restore(state["main"])
+        self._other.restore(state["other"])
 
 
 class ShardCache:

@@ -21,10 +21,11 @@ from trimtab.core.errors import TrimtabError
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.encodings import Latents
 from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.jumprelu import BatchThreshold, JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "open_base"]
 
 INITIAL_SHARE = 0.1
 """Of the target's norm in the first reconstructions. Gao et al. have 1; with less the encoder turns sooner, and short
@@ -46,6 +47,8 @@ class Learner:
         self.input_mean = torch.zeros(widths[0], device=device)
         self.sae = _fresh(config, training, widths).to(device)
         self.objective = config.training_objective
+        self.threshold = BatchThreshold()
+        self.base = None if config.base is None else open_base(config).to(device)
         self.k_aux = training.k_aux or 2 ** round(math.log2(max(widths[1] / 2, 1)))
         self.weights = self.sae.weights
         self.gradients = Weights(*(torch.zeros_like(weight) for weight in self.weights))
@@ -61,13 +64,17 @@ class Learner:
         cls, config: DictionaryConfig, training: TrainingConfig, rows: Mapping[str, Tensor], device: torch.device
     ) -> Learner:
         """A fresh dictionary whose scales and biases fit `rows`, and whose first reconstructions are small."""
-        source, target = rows[config.place].float().to(device), rows[config.output].float().to(device)
-        self = cls(config, training, (source.shape[1], target.shape[1]), device)
+        self = cls(config, training, (rows[config.place].shape[1], rows[config.output].shape[1]), device)
+        source, target = self._pair({place: rows[place].to(device) for place in config.places})
         self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
+        if config.start is not None:
+            self._start_from(config.start)
+            return self
         source, target = source / self.input_scale, target / self.output_scale
         sae = self.sae
         with torch.no_grad():
-            sae.decoder_bias.copy_(target.mean(0))
+            if self.base is None:
+                sae.decoder_bias.copy_(target.mean(0))
             if not sae.config.apply_b_dec_to_input:
                 self.input_mean.copy_(source.mean(0))
             found = (sae(source[:1024] - self.input_mean) - sae.decoder_bias).norm()
@@ -91,6 +98,7 @@ class Learner:
         self.fired.copy_(state["fired"])
         self.input_mean.copy_(state["input_mean"])
         self.input_scale, self.output_scale = state["scales"]
+        self.threshold = BatchThreshold(*state["threshold"])
         self.losses = state["losses"]
         return self
 
@@ -103,13 +111,21 @@ class Learner:
             "fired": self.fired,
             "input_mean": self.input_mean,
             "scales": [self.input_scale, self.output_scale],
+            "threshold": [self.threshold.rate, self.threshold.sum, self.threshold.batches],
             "losses": self.losses,
         }
 
     def finished(self, metadata: dict[str, Any]) -> TopKSAE:
-        """A copy in the activations' own units, that carries `metadata`."""
-        sae = type(self.sae)(dataclasses.replace(self.sae.config, metadata=metadata))
-        sae.load_state_dict(self.sae.state_dict())
+        """A copy in the activations' own units, that carries `metadata`; with BatchTopK, one with thresholds."""
+        shape = dataclasses.replace(self.sae.config, metadata=metadata)
+        if self.config.batch_topk:
+            fields = {name: value for name, value in shape.to_dict().items() if name != "k"}
+            sae: TopKSAE = JumpReLUSAE(JumpReLUSAEConfig(**fields))
+            threshold = torch.full((shape.n_latents,), self.threshold.value)
+            sae.load_state_dict(self.sae.state_dict() | {"threshold": threshold})
+        else:
+            sae = type(self.sae)(shape)
+            sae.load_state_dict(self.sae.state_dict())
         with torch.no_grad():
             sae.encoder_bias.sub_((self.sae.encoder @ self.input_mean).to(sae.device))
         sae.fold_scales(self.input_scale, self.output_scale)
@@ -118,8 +134,8 @@ class Learner:
     def step(self, batch: Mapping[str, Tensor], accelerator: Accelerator, learning_rate: float, step: int) -> None:
         """One optimiser step on `batch`; raises before anything changes if loss or gradient is not finite."""
         training = self.training
-        source = batch[self.config.place].float() / self.input_scale
-        target = source if self.config.target is None else batch[self.config.target].float() / self.output_scale
+        source, target = self._pair(batch)
+        source, target = source / self.input_scale, target / self.output_scale
         centred = source if self.sae.config.apply_b_dec_to_input else source - self.input_mean
         dead = (self.silent_tokens >= training.dead_after_tokens).nonzero()[:, 0]
         output = loss_and_gradients(
@@ -131,12 +147,17 @@ class Learner:
             variance=float(target.shape[1]),
             encoding=self.sae.config.encoding,
             objective=self.objective,
+            sparsifier="batch_topk" if self.config.batch_topk else "topk",
             subtract_bias=self.sae.config.apply_b_dec_to_input,
             dead=dead,
             k_aux=self.k_aux,
             alpha=training.alpha,
+            aux_tokens=max(1, round(training.aux_share * len(source))),
             precision=training.precision,
         )
+        if self.base is not None:
+            self.gradients.decoder_bias.zero_()  # a residual dictionary has none
+        self.threshold.update(output.latents.values)
         active = self._active(output.latents)
         losses = torch.stack([output.loss, output.aux_loss])
         if accelerator.num_processes > 1:
@@ -156,10 +177,33 @@ class Learner:
             "dead_fraction": len(dead) / self.config.n_latents,
         }
 
+    def _start_from(self, directory: str) -> None:
+        """Take the weights of a finished dictionary, in scaled units."""
+        found, shape = TopKSAE.from_pretrained(directory), self.sae.config
+        found.fold_scales(1 / self.input_scale, 1 / self.output_scale)
+        weights = {name: weight for name, weight in found.state_dict().items() if name != "threshold"}
+        wanted = {name: tuple(weight.shape) for name, weight in self.sae.state_dict().items()}
+        if {name: tuple(weight.shape) for name, weight in weights.items()} != wanted:
+            raise TrimtabError(f"start={directory!r} holds weights of another shape than {wanted}")
+        if found.config.apply_b_dec_to_input != shape.apply_b_dec_to_input:
+            raise TrimtabError(
+                f"start={directory!r} has apply_b_dec_to_input={found.config.apply_b_dec_to_input}, this run "
+                f"{shape.apply_b_dec_to_input}"
+            )
+        self.sae.load_state_dict(weights)
+
+    @torch.no_grad()
+    def _pair(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What is read and what is to be written, in float32 and in the activations' own units."""
+        source = rows[self.config.place].float()
+        if self.base is not None:
+            return source, source - self.base(rows[self.config.place]).float()
+        return source, source if self.config.target is None else rows[self.config.target].float()
+
     def _active(self, latents: Latents) -> Tensor:
         """On how many tokens each latent was among the k that the dictionary uses."""
         values, indices = latents
-        if values.shape[1] > self.config.k:  # an objective that selects more
+        if values.shape[1] > self.config.k and not self.config.batch_topk:  # an objective that selects more
             values, chosen = values.topk(self.config.k, dim=-1, sorted=False)
             indices = indices.gather(-1, chosen)
         return torch.bincount(indices[values > 0], minlength=self.config.n_latents)
@@ -183,6 +227,18 @@ class Learner:
             decoder.div_(decoder.norm(dim=-1, keepdim=True))
 
 
+def open_base(config: DictionaryConfig) -> TopKSAE:
+    """The frozen dictionary that `config` adds to. Raises TrimtabError where it is of another place."""
+    assert config.base is not None
+    base = TopKSAE.from_pretrained(config.base).requires_grad_(False)
+    match base.config.metadata:
+        case {"trimtab": {"place": str(place)}} if place != config.place:
+            raise TrimtabError(f"base={config.base!r} reads place {place!r}, this dictionary {config.place!r}")
+    if base.config.transcoder:
+        raise TrimtabError(f"base={config.base!r} is a transcoder; accepted: an autoencoder")
+    return base
+
+
 def _fresh(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int, int]) -> TopKSAE:
     """A dictionary of `config`'s architecture with initial weights."""
     transcoder = config.target is not None
@@ -192,7 +248,7 @@ def _fresh(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int
         "d_out": widths[1],
         "k": config.k,
         "transcoder": transcoder,
-        "apply_b_dec_to_input": subtract and not transcoder,
+        "apply_b_dec_to_input": subtract and not transcoder and config.base is None,
     }
     if config.kron is None:
         return TopKSAE(TopKSAEConfig(n_latents=config.n_latents, **common), seed=config.seed)

@@ -16,7 +16,7 @@ variance, and reconstructing it alone then looks like success: the second figure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +28,15 @@ from torch import Tensor, nn
 
 from trimtab.core import activations as act
 from trimtab.core.errors import TrimtabError, unknown
+from trimtab.sae import kernels
+from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.harvest import Forward, Harvest
 from trimtab.sae.modeling import TopKSAE
 
-__all__ = ["Evaluation", "ReconstructionMeter", "evaluate", "splice"]
+__all__ = ["Evaluation", "ReconstructionMeter", "area_under_curve", "ev_curve", "evaluate", "reconstruction", "splice"]
+
+ROWS = 4096
+"""Activations that `reconstruction` and `ev_curve` look at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +116,51 @@ class ReconstructionMeter:
 
 
 @torch.no_grad()
+def reconstruction(sae: TopKSAE | BoostedSAE, rows: Float[Tensor, "rows d"], k: int | None = None) -> dict[str, Any]:
+    """The figures of `ReconstructionMeter` for an autoencoder on activations at hand, from k latents a token."""
+    meter = ReconstructionMeter(sae.config.output_width, sae.config.n_latents)
+    for part in rows.split(ROWS):
+        latents = sae.encode_sparse(part, k)
+        meter.update(part, sae.decode_sparse(latents), latents.indices[latents.values > 0])
+    return meter.results()
+
+
+@torch.no_grad()
+def ev_curve(sae: TopKSAE, rows: Float[Tensor, "rows d"], budgets: Sequence[int] | None = None) -> dict[int, float]:
+    """Explained variance of an autoencoder from the j largest latents of each token, for every j of `budgets`.
+
+    budgets: by default 1, 2, 4 … and k itself. All of them are read off one pass: what j latents reconstruct is what
+    the budget before it does and a few rows more. Raises TrimtabError for budgets outside 1 … k.
+    """
+    k = sae.config.k
+    wanted = sorted({*(2**i for i in range(k.bit_length()) if 2**i <= k), k} if budgets is None else set(budgets))
+    if not wanted or not 1 <= wanted[0] <= wanted[-1] <= k:
+        raise TrimtabError(f"budgets={budgets!r}; accepted: whole numbers of 1 to k={k}")
+    meters = {j: ReconstructionMeter(sae.config.output_width, sae.config.n_latents) for j in wanted}
+    for part in rows.split(ROWS):
+        latents = sae.encode_sparse(part)
+        values, order = latents.values.sort(dim=-1, descending=True)
+        indices = latents.indices.gather(-1, order)
+        found, done = sae.b_dec.expand(len(part), -1), 0
+        for j, meter in meters.items():
+            found = found + kernels.mix_rows(values[:, done:j], indices[:, done:j], sae.decoder)
+            done = j
+            meter.update(part, found, indices[:, :j][values[:, :j] > 0])
+    return {j: meter.results()["explained_variance"] for j, meter in meters.items()}
+
+
+def area_under_curve(curve: Mapping[int, float]) -> float:
+    """Mean height of explained variance over log2 of the budget, by trapezoids; the value itself for one budget."""
+    budgets = sorted(curve)
+    if len(budgets) == 1:
+        return curve[budgets[0]]
+    logs, heights = torch.tensor(budgets).double().log2(), torch.tensor([curve[j] for j in budgets]).double()
+    return (torch.trapezoid(heights, logs) / (logs[-1] - logs[0])).item()
+
+
+@torch.no_grad()
 def evaluate(
-    sae: TopKSAE,
+    sae: TopKSAE | BoostedSAE,
     harvest: Harvest,
     *,
     place: str,
@@ -166,7 +214,7 @@ def _before(first: str, second: str, harvest: Harvest) -> bool:
 
 def splice(
     model: nn.Module,
-    sae: TopKSAE,
+    sae: TopKSAE | BoostedSAE,
     *,
     place: str,
     target: str | None = None,
@@ -195,7 +243,9 @@ def splice(
     return act.edit(model, edits, layers=layers)
 
 
-def _losses(sae: TopKSAE, harvest: Harvest, forward: Forward, i: int, place: str, output: str) -> tuple[Tensor, int]:
+def _losses(
+    sae: TopKSAE | BoostedSAE, harvest: Harvest, forward: Forward, i: int, place: str, output: str
+) -> tuple[Tensor, int]:
     """Summed losses of sequence `i`, clean, spliced and ablated, and the number of predicted tokens."""
     model, loss = harvest.model, language_loss(harvest.model)
     assert loss is not None

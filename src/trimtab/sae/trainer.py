@@ -12,6 +12,7 @@ With several processes (torchrun, accelerate launch) each takes its share of eve
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -100,6 +101,10 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
             name += f"-n{dictionary.n_latents}-k{dictionary.k}-s{dictionary.seed}"
             if dictionary.kron is not None:
                 name += f"-kron{dictionary.kron[0]}x{dictionary.kron[1]}"
+            if dictionary.base is not None:
+                name += f"-beside-{Path(dictionary.base).name}"
+            elif dictionary.batch_topk:
+                name += "-batch_topk"
             if dictionary.objective != "reconstruction":
                 name += f"-{dictionary.objective}"
         names.append(name)
@@ -169,6 +174,8 @@ class _Run:
             "activations": shards.identity,
             "processes": world,
         }
+        bases = {d.base: _weights_digest(d.base) for d in dictionaries if d.base is not None}
+        self.identity |= {"bases": bases} if bases else {}
 
     def resume(self, allow_previous: bool) -> None:
         """Take up the last checkpoint of `out`, or begin."""
@@ -271,7 +278,7 @@ class _Run:
             "version": trimtab.__version__,
             "place": place,
             "target": dictionary.config.target,
-            "seed": dictionary.config.seed,
+            "dictionary": asdict(dictionary.config),
             "activations": activations,
             "training": self.identity["training"],
             "final": dictionary.losses,
@@ -285,6 +292,14 @@ class _Run:
                 "prepend_bos": activations["prepend_bos"],
             }
         return metadata
+
+
+def _weights_digest(directory: str) -> str:
+    """A checksum of a dictionary's weights: another base makes another run."""
+    digest = hashlib.sha256()
+    for weight in TopKSAE.from_pretrained(directory).state_dict().values():
+        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _is_there(sae: TopKSAE, directory: Path) -> bool:

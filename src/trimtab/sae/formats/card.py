@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from trimtab.sae.jumprelu import JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAEConfig
 from trimtab.sae.modeling import TopKSAE
 
@@ -40,7 +41,11 @@ reconstruction = sae.decode(sae.encode(activations))
 ```"""
 
 
-ARXIV = "https://arxiv.org/abs/"
+SOURCES = {
+    "TopK": "A dense TopK {noun} (Gao et al., 2024, [arXiv 2406.04093](https://arxiv.org/abs/2406.04093))",
+    "Kron": "A KronSAE {noun} ([arXiv 2505.22255](https://arxiv.org/abs/2505.22255))",
+    "JumpReLU": "A JumpReLU {noun} ([arXiv 2407.14435](https://arxiv.org/abs/2407.14435))",
+}
 
 KRON_IMPORT = "import trimtab.sae.saelens  # makes the architecture known\nfrom sae_lens"
 
@@ -54,8 +59,8 @@ def model_card(sae: TopKSAE) -> ModelCard:
     place = own.get("place", metadata.get("hook_name"))
     subject = [_cell(metadata["model_name"])] if "model_name" in metadata else []
     subject += [f"at {_cell(place)}"] if place is not None else []
-    kron = isinstance(config, KronSAEConfig)
-    title = f"# Sparse {'Kron' if kron else 'TopK'} {noun}" + (f": {' '.join(subject)}" if subject else "")
+    kind = {KronSAEConfig: "Kron", JumpReLUSAEConfig: "JumpReLU"}.get(type(config), "TopK")
+    title = f"# Sparse {kind} {noun}" + (f": {' '.join(subject)}" if subject else "")
     settings = {key: value for key, value in metadata.items() if key not in ("model_name", "hook_name", "trimtab")}
     settings |= {key: value for key, value in own.items() if key not in ("place", "target", "metrics", "final")}
     measured = {**_mapping(own.get("metrics")), **({"final": own["final"]} if "final" in own else {})}
@@ -65,13 +70,7 @@ def model_card(sae: TopKSAE) -> ModelCard:
     )
     parts = [
         title,
-        (
-            f"A KronSAE {noun} ([arXiv 2505.22255]({ARXIV}2505.22255))"
-            if kron
-            else f"A dense TopK {noun} (Gao et al., 2024, [arXiv 2406.04093]({ARXIV}2406.04093))"
-        )
-        + ", written by "
-        "Trimtab. It takes and returns activations in their own units.",
+        f"{SOURCES[kind].format(noun=noun)}, written by Trimtab. It takes and returns activations in their own units.",
         "\n".join(f"- {name}: {_cell(value)}" for name, value in _facts(sae).items() if value is not None),
         "## Settings and origin",
         _table(settings) or "None are recorded in the file.",
@@ -79,9 +78,9 @@ def model_card(sae: TopKSAE) -> ModelCard:
         _table(measured) or "No measurement is recorded in the file.",
         "## Use",
         "With Trimtab, on activations [..., d_in]:" + TRIMTAB_CODE,
-        "SAELens has no TopK transcoder: its architecture name here, `topk_transcoder`, is Trimtab's own."
+        f"SAELens has no {kind} transcoder: its architecture name here is Trimtab's own."
         if config.transcoder
-        else "With SAELens:" + (SAELENS_CODE.replace("from sae_lens", KRON_IMPORT) if kron else SAELENS_CODE),
+        else "With SAELens:" + (SAELENS_CODE.replace("from sae_lens", KRON_IMPORT) if kind == "Kron" else SAELENS_CODE),
         "## Licence",
         "None is stated. Whoever publishes this adds `license` (and `base_model`) to the head of this file.",
     ]
@@ -103,7 +102,7 @@ def _facts(sae: TopKSAE) -> dict[str, Any]:
         "heads x (base x extension)": f"{config.h} x ({config.m} x {config.n})"
         if isinstance(config, KronSAEConfig)
         else None,
-        "latents a token may use (k)": config.k,
+        "latents a token may use (k)": None if isinstance(config, JumpReLUSAEConfig) else config.k,
         "`b_dec` is subtracted from the input": config.apply_b_dec_to_input,
         "dtype": str(sae.dtype).removeprefix("torch."),
     }

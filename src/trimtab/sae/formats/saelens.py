@@ -1,4 +1,4 @@
-"""SAELens's directory format, version 6, for TopK and Kron dictionaries: what `save_pretrained` writes and reads.
+"""SAELens's directory format, version 6: what `save_pretrained` writes and reads.
 
     cfg.json                   architecture "topk", d_in, d_sae, k, dtype, …, and free metadata
     sae_weights.safetensors    W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]
@@ -7,9 +7,10 @@
 SAELens has no TopK transcoder. One is kept in the same layout under an architecture of our own, "topk_transcoder",
 with d_out in cfg.json; SAELens refuses such a file by that name, and `export_saelens` refuses to make one.
 
-A KronSAE has the architecture "kron_topk" (a transcoder "kron_topk_transcoder"), with h, m, n, eps, activation and
-mask_inactive in cfg.json, W_enc [d_in, h (m + n)] and b_enc [h (m + n)] in the order of the authors' listing. SAELens
-reads it once `trimtab.sae.saelens` is imported.
+A JumpReLU dictionary is SAELens's "jumprelu", with threshold [d_sae] beside the weights. A KronSAE has the architecture
+"kron_topk" (a transcoder "kron_topk_transcoder"), with h, m, n, eps, activation and mask_inactive in cfg.json, W_enc
+[d_in, h (m + n)] and b_enc [h (m + n)] in the order of the authors' listing. SAELens reads it once
+`trimtab.sae.saelens` is imported.
 
 With rescale_acts_by_decoder_norm, SAELens ranks a_i |D_i| and decodes f_i D_i / |D_i|, with D_i the rows of W_dec:
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.formats._files import option, positive, read_json, read_tensors, write_pair
+from trimtab.sae.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import ACTIVATIONS, KronSAE, KronSAEConfig, head_major
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
@@ -45,7 +47,15 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 }
 
-ARCHITECTURES = ("topk", "topk_transcoder", "kron_topk", "kron_topk_transcoder")
+ARCHITECTURES = (
+    "topk",
+    "topk_transcoder",
+    "kron_topk",
+    "kron_topk_transcoder",
+    "jumprelu",
+    "jumprelu_transcoder",
+    "standard",
+)
 
 KRON_FIELDS = {"h": int, "m": int, "n": int, "eps": float, "activation": str, "mask_inactive": bool}
 
@@ -74,25 +84,27 @@ def write_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tensor
     dtype = str(sae.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    architecture = "kron_topk" if isinstance(config, KronSAEConfig) else "topk"
+    architecture = {KronSAEConfig: "kron_topk", JumpReLUSAEConfig: "jumprelu"}.get(type(config), "topk")
     fields: dict[str, Any] = {
         "architecture": f"{architecture}_transcoder" if config.transcoder else architecture,
         "d_in": config.d_in,
         "d_sae": config.n_latents,
-        "k": config.k,
         "dtype": dtype,
         "device": "cpu",
         "apply_b_dec_to_input": config.apply_b_dec_to_input,
-        "rescale_acts_by_decoder_norm": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": {**config.metadata, "sae_lens_version": LAYOUT_VERSION},
     }
     if config.transcoder:
         fields["d_out"] = config.output_width
+    if not isinstance(config, JumpReLUSAEConfig):
+        fields |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     if isinstance(config, KronSAEConfig):
         fields |= {name: getattr(config, name) for name in KRON_FIELDS}
     tensors = {WEIGHTS: {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}}
+    if isinstance(sae, JumpReLUSAE):
+        tensors[WEIGHTS]["threshold"] = sae.threshold
     if sparsity is not None:
         if len(sparsity) != config.n_latents:
             raise TrimtabError(f"sparsity has {len(sparsity)} entries; accepted: one a latent, {config.n_latents}")
@@ -115,8 +127,8 @@ def export_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tenso
 def read_saelens(directory: Path | str) -> TopKSAE:
     """The dictionary in `directory`, on the CPU, in the dtype that its cfg.json names.
 
-    Read are SAELens's "topk" (with rescale_acts_by_decoder_norm folded into the weights) and the architectures of our
-    own that the module's docstring names.
+    Read are SAELens's "topk" (with rescale_acts_by_decoder_norm folded into the weights), "jumprelu" and "standard"
+    (ReLU: thresholds of 0), and the architectures of our own that the module's docstring names.
     Keys of cfg.json that neither has are ignored, as SAELens does; all of its metadata is kept.
 
     Raises:
@@ -130,6 +142,8 @@ def read_saelens(directory: Path | str) -> TopKSAE:
         raise unknown(f"{path}: dtype", dtype, DTYPES)
     rows, n_latents, d_in, d_out = config.rows, config.n_latents, config.d_in, config.output_width
     shapes = {"W_enc": (d_in, rows), "b_enc": (rows,), "W_dec": (n_latents, d_out), "b_dec": (d_out,)}
+    if isinstance(config, JumpReLUSAEConfig) and fields["architecture"] != "standard":
+        shapes["threshold"] = (n_latents,)
     tensors = {name: t.to(DTYPES[dtype]) for name, t in read_tensors(Path(directory) / WEIGHTS, shapes, CFG).items()}
     weights = {
         "encoder": tensors["W_enc"].T.contiguous(),
@@ -137,6 +151,8 @@ def read_saelens(directory: Path | str) -> TopKSAE:
         "decoder": tensors["W_dec"],
         "decoder_bias": tensors["b_dec"],
     }
+    if isinstance(config, JumpReLUSAEConfig):
+        weights["threshold"] = tensors.get("threshold", torch.zeros_like(tensors["b_enc"]))
     if isinstance(config, KronSAEConfig):
         for name in ("encoder", "encoder_bias"):
             weights[name] = head_major(weights[name], config.encoding, inverse=True).contiguous()
@@ -152,7 +168,10 @@ def read_saelens(directory: Path | str) -> TopKSAE:
 def assemble(config: TopKSAEConfig, weights: dict[str, Tensor]) -> TopKSAE:
     """A dictionary that takes `weights` as they are, without ever having had others."""
     with torch.device("meta"):
-        sae = KronSAE(config) if isinstance(config, KronSAEConfig) else TopKSAE(config)
+        if isinstance(config, KronSAEConfig):
+            sae: TopKSAE = KronSAE(config)
+        else:
+            sae = JumpReLUSAE(config) if isinstance(config, JumpReLUSAEConfig) else TopKSAE(config)
     sae.load_state_dict(weights, assign=True)
     return sae
 
@@ -172,16 +191,19 @@ def _config(path: Path, fields: dict[str, Any]) -> TopKSAEConfig:
     kron = architecture.startswith("kron")
     metadata = dict(option(path, fields, "metadata", dict, {}))
     metadata.pop("sae_lens_version", None)  # of the file, not of the dictionary: the next writer states its own
-    sizes = {name: positive(path, fields, name) for name in ("d_in", "d_sae", "k")}
+    thresholds = architecture in ("standard", "jumprelu", "jumprelu_transcoder")
+    sizes = {name: positive(path, fields, name) for name in ("d_in", "d_sae", *(() if thresholds else ("k",)))}
     common: dict[str, Any] = {
         "d_in": sizes["d_in"],
-        "k": sizes["k"],
         "d_out": positive(path, fields, "d_out") if transcoder else None,
         "transcoder": transcoder,
         "apply_b_dec_to_input": option(path, fields, "apply_b_dec_to_input", bool, not (transcoder or kron)),
         "metadata": metadata,
     }
     try:
+        if thresholds:
+            return JumpReLUSAEConfig(n_latents=sizes["d_sae"], **common)
+        common["k"] = sizes["k"]
         if not kron:
             return TopKSAEConfig(n_latents=sizes["d_sae"], **common)
         shape: dict[str, Any] = {name: option(path, fields, name, kind) for name, kind in KRON_FIELDS.items()}

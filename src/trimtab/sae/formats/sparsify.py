@@ -21,7 +21,6 @@ import torch
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.formats._files import inside, option, positive, read_json, read_tensors, write_pair
 from trimtab.sae.formats.saelens import assemble
-from trimtab.sae.functional import DENSE
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 __all__ = ["read_sparsify", "write_sparsify"]
@@ -37,12 +36,12 @@ def write_sparsify(sae: TopKSAE, directory: Path | str, hookpoint: str) -> None:
     """Write `sae` where `SparseCoder.load_from_disk(directory / hookpoint)` finds it.
 
     Raises:
-        TrimtabError: for a transcoder between two widths and for a KronSAE, which sparsify does not have, or a
-            `hookpoint` that leads out of `directory`.
+        TrimtabError: for a transcoder between two widths and for other than dense TopK, which sparsify does not
+            have, or a `hookpoint` that leads out of `directory`.
     """
     config = sae.config
-    if config.encoding is not DENSE:
-        raise TrimtabError("a KronSAE was to be written for sparsify, which has dense encoders only")
+    if type(sae) is not TopKSAE:
+        raise TrimtabError(f"a {type(sae).__name__} was to be written for sparsify, which has dense TopK only")
     if config.output_width != config.d_in:
         raise TrimtabError(f"d_out={config.output_width}: sparsify's transcoders have d_out = d_in = {config.d_in}")
     bias = sae.b_enc

@@ -1,0 +1,362 @@
+"""BatchTopK and thresholds, and SAE Boost (arXiv 2507.12990): its oracles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimtab.core.errors import TrimtabError
+from trimtab.sae import (
+    BoostedSAE,
+    DictionaryConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    Mixture,
+    TensorShards,
+    TopKSAE,
+    TopKSAEConfig,
+    TrainingConfig,
+    train,
+)
+from trimtab.sae.encodings import DenseEncoding, batch_top
+from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.jumprelu import BatchThreshold
+from trimtab.sae.metrics import reconstruction
+
+D, N = 12, 40
+
+
+def rows(tokens: int = 60, seed: int = 0, d: int = D) -> Tensor:
+    return torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(sae: Any, seed: int = 3) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        if isinstance(sae, JumpReLUSAE):
+            sae.threshold.abs_()
+    return sae
+
+
+def jump(seed: int = 3, **changes: Any) -> JumpReLUSAE:
+    return randomised(JumpReLUSAE(JumpReLUSAEConfig(**{"d_in": D, "n_latents": N, **changes})), seed)
+
+
+def residual(seed: int = 5, n_latents: int = 8) -> JumpReLUSAE:
+    sae = jump(seed, n_latents=n_latents, apply_b_dec_to_input=False)
+    with torch.no_grad():
+        sae.decoder_bias.zero_()
+    return sae
+
+
+def topk() -> TopKSAE:
+    return randomised(TopKSAE(TopKSAEConfig(d_in=D, n_latents=N, k=4)))
+
+
+# -- BatchTopK -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("skew", [0.0, 20.0])
+def test_batch_topk_keeps_the_largest_of_the_whole_batch(k: int, skew: float) -> None:
+    x, encoder, bias = rows(), rows(N, 1), torch.zeros(N)
+    x[0] *= 1 + skew  # one token that would take all that its candidates allow
+    latents, _ = batch_top(DenseEncoding(), x, encoder, bias, k, N)
+    a = (x @ encoder.T).relu()
+    cut = a.flatten().topk(k * 60).values.min()
+    expected = a * (a >= cut)
+    found = torch.zeros_like(a).scatter_add(1, latents.indices, latents.values)
+    torch.testing.assert_close(found, expected)
+    assert int((latents.values > 0).sum()) == k * 60
+    assert latents.values.shape[1] == int((expected > 0).sum(1).max())
+
+
+def test_batch_topk_with_too_few_positive_entries_is_relu() -> None:
+    x, encoder = rows(), rows(N, 1)
+    bias = torch.full((N,), -5.0)
+    latents, _ = batch_top(DenseEncoding(), x, encoder, bias, 10, N)
+    a = (x @ encoder.T + bias).relu()
+    assert 0 < (a > 0).sum() < 600
+    torch.testing.assert_close(torch.zeros_like(a).scatter_add(1, latents.indices, latents.values), a)
+
+
+def test_the_order_of_a_batch_does_not_matter() -> None:
+    x, encoder, order = rows(), rows(N, 1), torch.randperm(60, generator=torch.Generator().manual_seed(2))
+    dense = []
+    for part in (x, x[order]):
+        latents, _ = batch_top(DenseEncoding(), part, encoder, torch.zeros(N), 3, N)
+        dense.append(torch.zeros(60, N).scatter_add(1, latents.indices, latents.values))
+    torch.testing.assert_close(dense[1], dense[0][order])
+
+
+def test_gradients_of_batch_topk_are_those_of_a_fixed_selection() -> None:
+    x, k = rows().double(), 3
+    w = Weights(*(t.double() for t in (rows(N, 1), rows(1, 2, N)[0], rows(N, 4), rows(1, 6)[0])))
+    gradients = Weights(*(torch.full_like(t, torch.nan) for t in w))
+    found = loss_and_gradients(x, x, w, gradients, k=k, variance=7.0, sparsifier="batch_topk")
+    leaves = Weights(*(t.clone().requires_grad_() for t in w))
+    a = ((x - leaves.decoder_bias) @ leaves.encoder.T + leaves.encoder_bias).relu()
+    kept = a * (a >= a.flatten().topk(k * 60).values.min())
+    loss = (x - kept @ leaves.decoder - leaves.decoder_bias).square().sum(-1).mean() / 7.0
+    loss.backward()
+    torch.testing.assert_close(found.loss, loss.detach())
+    for mine, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(mine, leaf.grad)
+
+
+def test_the_threshold_is_the_mean_of_the_smallest_kept_without_the_pull_of_its_start() -> None:
+    threshold = BatchThreshold(rate=0.1)
+    assert threshold.value == 0
+    threshold.update(torch.zeros(3, 2))
+    assert threshold.value == 0
+    for _ in range(3):
+        threshold.update(torch.tensor([[0.0, 2.0], [3.0, 5.0]]))
+        assert threshold.value == pytest.approx(2.0)
+    threshold.update(torch.tensor([[4.0, 0.0]]))
+    assert 2.0 < threshold.value < 4.0
+
+
+# -- JumpReLU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_a_jumprelu_dictionary_fires_above_its_thresholds(apply_b_dec_to_input: bool) -> None:
+    sae, x = jump(apply_b_dec_to_input=apply_b_dec_to_input), rows()
+    pre = (x - sae.b_dec if apply_b_dec_to_input else x) @ sae.W_enc + sae.b_enc
+    expected = torch.where((pre > sae.threshold) & (pre > 0), pre, 0.0)
+    torch.testing.assert_close(sae.encode(x), expected)
+    latents = sae.encode_sparse(x)
+    torch.testing.assert_close(torch.zeros_like(pre).scatter_add(1, latents.indices, latents.values), expected)
+    torch.testing.assert_close(sae(x), expected @ sae.W_dec + sae.b_dec)
+    torch.testing.assert_close(sae(x[7]), sae(x)[7])  # whatever else is in the batch
+    few = sae.encode(x, 2)
+    assert ((few > 0).sum(-1) <= 2).all()
+    torch.testing.assert_close(few[few > 0], expected[few > 0])
+
+
+def test_a_jumprelu_dictionary_is_saved_scaled_and_refused_as_others_are(tmp_path: Path) -> None:
+    sae, x = jump(), rows()
+    sae.save_pretrained(tmp_path)
+    back = TopKSAE.from_pretrained(tmp_path)
+    assert isinstance(back, JumpReLUSAE)
+    assert torch.equal(back(x), sae(x))
+    before = sae.encode(x / 3)
+    sae.fold_scales(3.0, 3.0)
+    torch.testing.assert_close(sae.encode(x), 3 * before)
+    with pytest.raises(TrimtabError, match="k=41 must lie between"):
+        sae.encode_sparse(x, 41)
+
+
+# -- boosted dictionaries --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [topk, jump])
+def test_boosted_is_the_base_and_the_sum_of_the_residuals(base: Any) -> None:
+    old, one, two, x = base(), residual(5), residual(6, 11), rows()
+    boosted = BoostedSAE(old, {"one": one, "two": two})
+    expected = old(x) + one.encode(x) @ one.decoder + two.encode(x) @ two.decoder
+    torch.testing.assert_close(boosted(x), expected)
+    latents = boosted.encode(x)
+    assert latents.shape == (60, N + 8 + 11)
+    slices = boosted.feature_slices
+    assert (slices["base"], slices["one"], slices["two"]) == (slice(0, N), slice(N, N + 8), slice(N + 8, N + 19))
+    assert torch.equal(latents[:, slices["base"]], old.encode(x))
+    torch.testing.assert_close(boosted.decode(latents), expected)
+    sparse = boosted.encode_sparse(x)
+    torch.testing.assert_close(torch.zeros_like(latents).scatter_add(1, sparse.indices, sparse.values), latents)
+    torch.testing.assert_close(boosted.decode_sparse(sparse), expected)
+    torch.testing.assert_close(BoostedSAE(old, {"two": two, "one": one})(x), expected)
+
+
+def test_where_no_residual_fires_nothing_changes() -> None:
+    old, silent, x = topk(), residual(), rows()
+    with torch.no_grad():
+        silent.threshold.fill_(torch.inf)
+    assert torch.equal(BoostedSAE(old, {"one": silent})(x), old(x))
+
+
+def test_a_domain_can_be_off() -> None:
+    old, one, two, x = topk(), residual(5), residual(6), rows()
+    boosted = BoostedSAE(old, {"one": one, "two": two})
+    whole = boosted(x)
+    boosted.disable("two")
+    assert torch.equal(boosted(x), BoostedSAE(old, {"one": one})(x))
+    assert not boosted.encode(x)[:, boosted.feature_slices["two"]].any()
+    assert boosted.encode(x).shape[1] == N + 16
+    with boosted.without("one"):
+        assert torch.equal(boosted(x), old(x))
+    boosted.enable("two")
+    assert torch.equal(boosted(x), whole)
+    with pytest.raises(TrimtabError, match="domain='tow'"):
+        boosted.disable("tow")
+
+
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_stitched_it_is_one_dictionary(tmp_path: Path, apply_b_dec_to_input: bool) -> None:
+    old, x = jump(apply_b_dec_to_input=apply_b_dec_to_input), rows()
+    boosted = BoostedSAE(old, {"one": residual(5), "two": residual(6, 11)})
+    stitched = boosted.stitch()
+    torch.testing.assert_close(stitched.encode(x), boosted.encode(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stitched(x), boosted(x), atol=1e-5, rtol=1e-5)
+    stitched.save_pretrained(tmp_path)
+    torch.testing.assert_close(TopKSAE.from_pretrained(tmp_path)(x), boosted(x), atol=1e-5, rtol=1e-5)
+
+
+def test_boosted_is_saved_and_loaded(tmp_path: Path) -> None:
+    boosted, x = BoostedSAE(topk(), {"one": residual(5)}), rows()
+    boosted.save_pretrained(tmp_path)
+    assert torch.equal(BoostedSAE.from_pretrained(tmp_path)(x), boosted(x))
+
+
+def test_what_cannot_be_boosted_or_stitched_is_refused() -> None:
+    with pytest.raises(TrimtabError, match="a TopKSAE, whose selection is among all latents"):
+        BoostedSAE(topk(), {"one": residual()}).stitch()
+    with pytest.raises(TrimtabError, match="reads and writes"):
+        BoostedSAE(topk(), {"one": JumpReLUSAE(JumpReLUSAEConfig(d_in=9, n_latents=8, apply_b_dec_to_input=False))})
+    with pytest.raises(TrimtabError, match="has a decoder bias"):
+        BoostedSAE(topk(), {"one": jump(apply_b_dec_to_input=False)})
+    with pytest.raises(TrimtabError, match="without dots and slashes"):
+        BoostedSAE(topk(), {"../one": residual()})
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def mixed(tokens: int, atoms: slice, seed: int) -> Tensor:
+    """Rows that are sums of three of the 30 directions that `atoms` cuts out."""
+    directions = torch.nn.functional.normalize(rows(30, 99, 24), dim=-1)[atoms]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(tokens, len(directions), generator=generator).topk(3, dim=-1).indices
+    weights = torch.zeros(tokens, len(directions)).scatter(-1, chosen, 0.5 + torch.rand(tokens, 3, generator=generator))
+    return 20 * (weights @ directions + 0.5)
+
+
+GENERAL, DOMAIN = slice(0, 20), slice(14, 30)
+
+
+def settings(**changes: Any) -> TrainingConfig:
+    values = {"tokens": 30_000, "batch_size": 100, "learning_rate": 1e-2, "dead_after": 3_000, "checkpoint_every": 100}
+    return TrainingConfig(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base")
+    dictionary = DictionaryConfig(place="x", n_latents=48, k=3, sparsifier="batch_topk")
+    train([dictionary], TensorShards({"x": mixed(10_000, GENERAL, 0)}), settings(), out)
+    return out / "x"
+
+
+def test_a_batch_topk_dictionary_keeps_its_sparsity_at_inference(base: Path) -> None:
+    sae = TopKSAE.from_pretrained(base)
+    assert isinstance(sae, JumpReLUSAE)
+    found = reconstruction(sae, mixed(2000, GENERAL, 1))
+    assert found["explained_variance"] > 0.8
+    assert found["l0"] == pytest.approx(3, rel=0.2)
+
+
+def test_a_residual_adds_the_domain_and_leaves_the_base_as_it_was(base: Path, tmp_path: Path) -> None:
+    old = TopKSAE.from_pretrained(base)
+    before = {name: weight.clone() for name, weight in old.state_dict().items()}
+    dictionary = DictionaryConfig(place="x", n_latents=16, k=2, base=str(base))
+    general, domain = mixed(10_000, GENERAL, 2), mixed(10_000, DOMAIN, 3)
+    source = Mixture(TensorShards({"x": domain}), TensorShards({"x": general}), 0.1)
+    new = train([dictionary], source, settings(), tmp_path / "run")["x"]
+    assert isinstance(new, JumpReLUSAE)
+    assert not new.decoder_bias.any()
+    torch.testing.assert_close(new.decoder.norm(dim=-1), torch.ones(16))
+    boosted = BoostedSAE(TopKSAE.from_pretrained(base), {"domain": new})
+    assert all(torch.equal(weight, before[name]) for name, weight in boosted.base.state_dict().items())
+    gains = {}
+    for name, atoms in (("general", GENERAL), ("domain", DOMAIN)):
+        held_out = mixed(2000, atoms, 4)
+        gains[name] = [reconstruction(sae, held_out)["explained_variance"] for sae in (old, boosted)]
+    assert gains["domain"][1] > gains["domain"][0] + 0.1
+    assert gains["general"][1] > gains["general"][0] - 0.05
+    again = train([dictionary], source, settings(), tmp_path / "run")["x"]  # resumed at its end
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), new.parameters(), strict=True))
+
+
+def test_a_perfect_base_leaves_nothing_to_learn(tmp_path: Path) -> None:
+    exact = JumpReLUSAE(JumpReLUSAEConfig(d_in=24, n_latents=48))
+    with torch.no_grad():
+        for weight in (exact.encoder, exact.decoder):
+            weight.copy_(torch.cat([torch.eye(24), -torch.eye(24)]))
+    exact.save_pretrained(tmp_path / "exact")
+    dictionary = DictionaryConfig(place="x", n_latents=8, k=2, base=str(tmp_path / "exact"))
+    x = torch.randn(1000, 24, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TrimtabError, match="do not vary: there is nothing to learn"):
+        train([dictionary], TensorShards({"x": x}), settings(), tmp_path / "run")
+
+
+def test_a_planted_error_is_found(tmp_path: Path) -> None:
+    """The base misses one direction that x shows plainly: the residual's strongest row is that direction."""
+    planted = torch.nn.functional.normalize(rows(1, 5, 24)[0], dim=0)
+    generator = torch.Generator().manual_seed(1)
+    strength = torch.rand(10_000, 1, generator=generator) * (torch.rand(10_000, 1, generator=generator) < 0.3)
+    x = torch.randn(10_000, 24, generator=generator)
+    x = x - (x @ planted)[:, None] * planted + 8 * strength * planted
+    base = JumpReLUSAE(JumpReLUSAEConfig(d_in=24, n_latents=48, apply_b_dec_to_input=False))
+    blind = torch.linalg.qr(torch.cat([planted[:, None], rows(24, 8, 24)], 1)).Q[:, 1:].T
+    with torch.no_grad():
+        both = torch.cat([blind, -blind, torch.zeros(2, 24)])
+        base.encoder.copy_(both)
+        base.decoder.copy_(both)
+    base.save_pretrained(tmp_path / "base")
+    dictionary = DictionaryConfig(place="x", n_latents=4, k=1, base=str(tmp_path / "base"))
+    new = train([dictionary], TensorShards({"x": x}), settings(learning_rate=3e-2), tmp_path / "run")["x"]
+    used = new.encode(x).sum(0).argmax()
+    assert (new.decoder[used] @ planted).abs() > 0.95
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kron": (2, 4), "sparsifier": "batch_topk"}, "batch_topk"),
+        ({"objective": "hierarchical", "sparsifier": "batch_topk"}, "batch_topk"),
+        ({"base": "b", "target": "y"}, "dense autoencoders only"),
+        ({"k": 17}, "k=17"),
+        ({"k": 0}, "k=0"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrimtabError, match=message):
+        DictionaryConfig(**({"place": "x", "n_latents": 16, "k": 2} | options))
+
+
+def test_a_base_of_another_place_or_width_is_refused(base: Path, tmp_path: Path) -> None:
+    shards = TensorShards({"y": mixed(1000, GENERAL, 0), "x": rows(1000)})
+    for place, message in (("y", "reads place 'x'"), ("x", "features; this dictionary reads d_in=24")):
+        dictionary = DictionaryConfig(place=place, n_latents=16, k=2, base=str(base))
+        with pytest.raises(TrimtabError, match=message):
+            train([dictionary], shards, settings(), tmp_path / place)
+
+
+# -- mixtures --------------------------------------------------------------------------------------
+
+
+def test_a_mixture_has_the_share_that_was_asked_for() -> None:
+    main, other = TensorShards({"x": torch.zeros(900, 2)}), TensorShards({"x": torch.ones(900, 2)})
+    mixture = Mixture(main, other, 0.1)
+    shard = mixture.shard(0)["x"]
+    assert (len(shard), shard[:, 0].sum().item()) == (1000, 100)
+    assert mixture.identity["share"] == 0.1
+    assert mixture.identity != Mixture(main, main, 0.1).identity
+    mixture.restore(mixture.state(3))
+
+
+def test_what_cannot_be_mixed_is_refused() -> None:
+    main = TensorShards({"x": torch.rand(900, 2)})
+    with pytest.raises(TrimtabError, match=r"share=1\.0"):
+        Mixture(main, main, 1.0)
+    with pytest.raises(TrimtabError, match="of the two sources differ"):
+        Mixture(main, TensorShards({"y": torch.rand(900, 2)}), 0.5)
+    with pytest.raises(TrimtabError, match="needs 8100 rows"):
+        Mixture(main, main, 0.9).shard(0)
