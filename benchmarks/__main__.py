@@ -13,8 +13,8 @@ from benchmarks.peers import ROOT
 
 __all__ = ["main", "shortfalls"]
 
-SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training")
-LONG = ("sae_rates",)
+SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training", "sae_methods")
+LONG = ("sae_rates", "gemma_dictionaries")
 """Run only when named."""
 
 

@@ -1,0 +1,137 @@
+"""HierarchicalTopK and KronSAE beside TopK: a training step, the loss alone, the encoder alone.
+
+    step       F = 16,384, K = 64, d = 640, batch 2,048: our step on every prefix beside our step on the reconstruction
+    loss       tokens 256, K = 128, d = 512, F = 4,096: forward and backward beside [tokens, K, d] through autograd
+    encoder    F = 32,768, K = 50, d = 768, batch 64: KronSAE's two-stage TopK beside product and TopK of a dense one
+
+Memory is the peak over what the process held before the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Row, Target, Times, in_turns, print_table, write_rows
+from trimtab.sae import kernels
+from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.kron import KronEncoding
+from trimtab.sae.objectives import Hierarchical, hierarchical_topk_loss, hierarchical_weights, prefix_loss_reference
+
+__all__ = ["main", "peak_bytes"]
+
+SHAPES = ((4, 4), (4, 8), (8, 8))
+
+
+def main() -> None:
+    """Measure, print the table, and write the rows."""
+    torch.set_num_threads(2)
+    rows = [*_step(), *_loss(), *_encoder()]
+    print_table("HierarchicalTopK and KronSAE", rows)
+    write_rows("sae_methods", rows)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The largest memory during a call, over that before it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _memory("VmRSS")
+    function()
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _step() -> list[Row]:
+    decoder = torch.nn.functional.normalize(_random(16_384, 640), dim=-1)
+    weights = Weights(decoder.clone(), torch.zeros(16_384), decoder, torch.zeros(640))
+    gradients = Weights(*(torch.zeros_like(weight) for weight in weights))
+    x = _random(2_048, 640, seed=1)
+
+    def hierarchical() -> object:
+        return loss_and_gradients(x, x, weights, gradients, k=64, variance=640.0, objective=Hierarchical())
+
+    def topk() -> object:
+        return loss_and_gradients(x, x, weights, gradients, k=64, variance=640.0)
+
+    times = in_turns({"hierarchical": hierarchical, "topk": topk}, 7)
+    held = sum(tensor.nbytes for tensor in (*weights, *gradients)) * 2  # with Adam's two moments
+    return [
+        _time("hierarchical step beside TopK's", times, "hierarchical", "topk", Target("ratio", "<=", 1.25)),
+        _space(
+            "memory of training, hierarchical beside TopK",
+            held + peak_bytes(hierarchical),
+            held + peak_bytes(topk),
+            Target("ratio", "<=", 1.1),
+        ),
+    ]
+
+
+def _loss() -> list[Row]:
+    values = _random(256, 128).abs().sort(descending=True).values.requires_grad_()
+    indices = torch.randint(4_096, (256, 128), generator=torch.Generator().manual_seed(2))
+    decoder, bias = _random(4_096, 512, seed=3).requires_grad_(), torch.zeros(512, requires_grad=True)
+    target, prefixes = _random(256, 512, seed=4), hierarchical_weights(128).float()
+
+    def ours() -> None:
+        hierarchical_topk_loss(values, indices, decoder, bias, target, assume_sorted=True)[0].backward()
+
+    def naive() -> None:
+        prefix_loss_reference(values, indices, decoder, bias, target, prefixes).backward()
+
+    times = in_turns({"ours": ours, "naive": naive}, 15)
+    return [
+        _time("hierarchical loss beside naive autograd", times, "ours", "naive", Target("ratio", "<=", 1 / 3)),
+        _space("memory of the loss beside naive", peak_bytes(ours), peak_bytes(naive), Target("ratio", "<=", 1 / 8)),
+    ]
+
+
+def _encoder() -> list[Row]:
+    x, dense = _random(64, 768), _random(32_768, 768, seed=1)
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: kernels.top_products(x, dense, torch.zeros(32_768), 50)}
+    for m, n in SHAPES:
+        shape = KronEncoding(h=32_768 // (m * n), m=m, n=n)
+        weight, bias = _random(shape.rows, 768, seed=2), torch.zeros(shape.rows)
+        calls[f"({m}, {n})"] = lambda shape=shape, weight=weight, bias=bias: shape.top(x, weight, bias, 50)
+    times = in_turns(calls, 15)
+    return [_time(f"Kron encoder {name} beside a dense one", times, name, "dense", None) for name in list(calls)[1:]]
+
+
+def _time(name: str, times: dict[str, Times], ours: str, peer: str, target: Target | None) -> Row:
+    mine, other = times[ours], times[peer]
+    return Row(
+        name=name,
+        unit="ms",
+        ours=1e3 * mine.wall_median,
+        peer=1e3 * other.wall_median,
+        target=target,
+        repeats=len(mine.wall),
+        cpu_seconds=sum(mine.cpu + other.cpu),
+        wall_seconds=sum(mine.wall + other.wall),
+    )
+
+
+def _space(name: str, ours: int, peer: int, target: Target) -> Row:
+    return Row(
+        name=name,
+        unit="MiB",
+        ours=ours / 2**20,
+        peer=peer / 2**20,
+        target=target,
+        repeats=1,
+        cpu_seconds=0.0,
+        wall_seconds=0.0,
+    )
+
+
+if __name__ == "__main__":
+    main()
