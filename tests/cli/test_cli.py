@@ -25,7 +25,7 @@ from trimtab.core import checkpoint, files
 from trimtab.core.interrupts import Interruptible
 from trimtab.core.progress import Progress
 from trimtab.gallery.dictionary_page import DictionaryPage
-from trimtab.sae import HarvestConfig, TopKSAE
+from trimtab.sae import HarvestConfig, JumpReLUSAE, TopKSAE
 
 FILES = ["history.json", "run.json"]
 METRICS = {
@@ -215,6 +215,35 @@ def test_the_model_is_loaded_as_in_training_unless_told(
     assert asked == [("bfloat16", False, "model.layers"), ("float32", True, "other")]
 
 
+def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
+    bed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thresholds = {"sparsifier": "batch_topk", "places": "resid.0"}
+    assert main(command(bed, tmp_path / "base", **thresholds)) == 0
+    base = str(tmp_path / "base" / "resid.0")
+    more = {"base": base, "places": "resid.0", "replay_text": str(bed / "held-out.txt"), "replay_share": "0.2"}
+    assert main(command(bed, tmp_path / "new", n_latents="8", k="2", **more)) == 0
+    assert main(command(bed, tmp_path / "tuned", start=base, **thresholds)) == 0
+    new = TopKSAE.from_pretrained(tmp_path / "new" / "resid.0")
+    assert isinstance(new, JumpReLUSAE)
+    assert new.config.metadata["trimtab"]["activations"]["mixed"][0]["share"] == 0.2
+    text = ["--text", str(bed / "held-out.txt"), "--tokens", "500", "--ce_tokens", "100"]
+    variances = []
+    for directory in (base, str(tmp_path / "new" / "resid.0")):  # the latter together with its base
+        assert main(["sae", "eval", directory, *text]) == 0
+        variances.append(json.loads((Path(directory) / "evaluation.json").read_text())["explained_variance"])
+    assert variances[1] > variances[0] - 0.05
+    assert main(["sae", "show", base, "--prompt", "w1 w2"]) == 0
+    assert "at most" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"kron": "2 4"}, {"objective": "hierarchical", "budgets": "1 4"}])
+def test_every_kind_is_trained_from_the_command_line(bed: Path, tmp_path: Path, options: dict[str, str]) -> None:
+    assert main(command(bed, tmp_path, places="resid.0", **options)) == 0
+    kind = TopKSAE.from_pretrained(tmp_path / "resid.0").config.metadata["trimtab"]["dictionary"]
+    assert all(kind[name] is not None for name in options)
+
+
 def test_a_moved_dictionary_needs_no_history(bed: Path, copied: Path) -> None:
     (copied.parent / "history.json").write_text("[]")
     renamed = copied.rename(copied.with_name("mine"))
@@ -315,6 +344,9 @@ def test_dry_run_says_what_would_be_and_writes_nothing(
         ({"n_latents": "0"}, r"n_latents=0 must be at least 1"),
         ({"tokens": "50"}, r"tokens=50 is less than one batch"),
         ({"context": "1"}, r"context=1 leaves no room"),
+        ({"kron": "4"}, r"kron=\[4\]; accepted: two numbers, m and n"),
+        ({"kron": "5 7"}, r"n_latents=48 must be a multiple of m x n"),
+        ({"objective": "matryoshka", "budgets": "8 16"}, r"accepted for matryoshka: rising lengths that end in"),
         ({"context": "65"}, r"context=65 is beyond the model's 64 positions"),
         ({"sink_norm_ratio": "0.5"}, r"sink_norm_ratio=0\.5 must be above 1"),
         ({"layers": "model.blocks"}, r"layers"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from trimtab.sae import (
     TopKSAE,
     TopKSAEConfig,
     TrainingConfig,
+    kernels,
     train,
 )
+from trimtab.sae.boosted import _check_residual
 from trimtab.sae.encodings import DenseEncoding, batch_top
 from trimtab.sae.functional import Weights, loss_and_gradients
 from trimtab.sae.jumprelu import BatchThreshold
-from trimtab.sae.metrics import reconstruction
+from trimtab.sae.metrics import ev_curve, reconstruction
 
 D, N = 12, 40
 
@@ -114,12 +118,12 @@ def test_gradients_of_batch_topk_are_those_of_a_fixed_selection() -> None:
 def test_the_threshold_is_the_mean_of_the_smallest_kept_without_the_pull_of_its_start() -> None:
     threshold = BatchThreshold(rate=0.1)
     assert threshold.value == 0
-    threshold.update(torch.zeros(3, 2))
+    threshold.update(math.inf)
     assert threshold.value == 0
     for _ in range(3):
-        threshold.update(torch.tensor([[0.0, 2.0], [3.0, 5.0]]))
+        threshold.update(2.0)
         assert threshold.value == pytest.approx(2.0)
-    threshold.update(torch.tensor([[4.0, 0.0]]))
+    threshold.update(4.0)
     assert 2.0 < threshold.value < 4.0
 
 
@@ -139,6 +143,34 @@ def test_a_jumprelu_dictionary_fires_above_its_thresholds(apply_b_dec_to_input: 
     few = sae.encode(x, 2)
     assert ((few > 0).sum(-1) <= 2).all()
     torch.testing.assert_close(few[few > 0], expected[few > 0])
+
+
+def test_blocks_of_unequal_width_lose_no_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = jump(), rows()
+    with torch.no_grad():
+        sae.encoder_bias[0], sae.threshold[0] = 50.0, 0.0  # latent 0, which padding names, always fires
+    whole = sae.encode(x)
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 7 * N)
+    latents = sae.encode_sparse(x)
+    torch.testing.assert_close(torch.zeros_like(whole).scatter_add(1, latents.indices, latents.values), whole)
+    torch.testing.assert_close(sae.encode(x, N), whole)
+    assert (sae.encode(x, 1) > 0).sum() == 60
+    assert sae.encode_sparse(x[:0]).values.shape == (0, 1)
+
+
+def test_a_jumprelu_dictionary_is_differentiable() -> None:
+    sae, x = jump().double(), rows().double().requires_grad_()
+    (through_sparse,) = torch.autograd.grad(sae(x).square().sum(), x)
+    dense = sae.encode(x) @ sae.decoder + sae.decoder_bias
+    (through_dense,) = torch.autograd.grad(dense.square().sum(), x)
+    torch.testing.assert_close(through_sparse, through_dense)
+    assert through_sparse.abs().sum() > 0
+
+
+def test_a_jumprelu_dictionary_has_a_curve_over_budgets() -> None:
+    curve = ev_curve(jump(), rows())
+    assert list(curve) == [1, 2, 4, 8, 16, 32, N]
+    assert curve[N] == pytest.approx(reconstruction(jump(), rows())["explained_variance"], rel=1e-6)
 
 
 def test_a_jumprelu_dictionary_is_saved_scaled_and_refused_as_others_are(tmp_path: Path) -> None:
@@ -205,14 +237,43 @@ def test_stitched_it_is_one_dictionary(tmp_path: Path, apply_b_dec_to_input: boo
     stitched = boosted.stitch()
     torch.testing.assert_close(stitched.encode(x), boosted.encode(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(stitched(x), boosted(x), atol=1e-5, rtol=1e-5)
+    assert stitched.config.metadata["trimtab"]["stitched"] == {
+        "base": [0, N],
+        "one": [N, N + 8],
+        "two": [N + 8, N + 19],
+    }
     stitched.save_pretrained(tmp_path)
     torch.testing.assert_close(TopKSAE.from_pretrained(tmp_path)(x), boosted(x), atol=1e-5, rtol=1e-5)
 
 
-def test_boosted_is_saved_and_loaded(tmp_path: Path) -> None:
-    boosted, x = BoostedSAE(topk(), {"one": residual(5)}), rows()
-    boosted.save_pretrained(tmp_path)
-    assert torch.equal(BoostedSAE.from_pretrained(tmp_path)(x), boosted(x))
+def test_boosted_is_saved_and_loaded_with_its_order_and_switches(tmp_path: Path) -> None:
+    boosted, x = BoostedSAE(topk(), {"zoo": residual(5), "art": residual(6, 11)}), rows()
+    boosted.disable("zoo")
+    boosted.save_pretrained(tmp_path / "a")
+    back = BoostedSAE.from_pretrained(tmp_path / "a")
+    assert torch.equal(back(x), boosted(x))
+    assert back.feature_slices == boosted.feature_slices
+    assert back.enabled == {"zoo": False, "art": True}
+    boosted.save_pretrained(tmp_path / "a")
+    with pytest.raises(TrimtabError):  # another set of domains does not go where this one is
+        BoostedSAE(topk(), {"zoo": residual(5)}).save_pretrained(tmp_path / "a")
+    for spoilt in ("{", "[]", '{"domains": {"../x": true}}', '{"domains": {"zoo": 1}}'):
+        (tmp_path / "a" / "boosted.json").write_text(spoilt)
+        with pytest.raises(TrimtabError, match=r"boosted\.json"):
+            BoostedSAE.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parts_of_other_precisions_go_together(dtype: torch.dtype) -> None:
+    old, silent, x = jump().to(dtype), residual(), rows().to(dtype)
+    boosted = BoostedSAE(old, {"one": residual(5)})
+    sparse = boosted.decode_sparse(boosted.encode_sparse(x))
+    torch.testing.assert_close(sparse, boosted.decode(boosted.encode(x)), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(boosted(x).to(sparse.dtype), sparse, rtol=2e-2, atol=2e-2)
+    assert boosted.stitch().dtype == torch.promote_types(dtype, torch.float32)
+    with torch.no_grad():
+        silent.threshold.fill_(torch.inf)
+    assert torch.equal(BoostedSAE(old, {"one": silent})(x), old(x))
 
 
 def test_what_cannot_be_boosted_or_stitched_is_refused() -> None:
@@ -222,8 +283,11 @@ def test_what_cannot_be_boosted_or_stitched_is_refused() -> None:
         BoostedSAE(topk(), {"one": JumpReLUSAE(JumpReLUSAEConfig(d_in=9, n_latents=8, apply_b_dec_to_input=False))})
     with pytest.raises(TrimtabError, match="has a decoder bias"):
         BoostedSAE(topk(), {"one": jump(apply_b_dec_to_input=False)})
-    with pytest.raises(TrimtabError, match="without dots and slashes"):
-        BoostedSAE(topk(), {"../one": residual()})
+    for name in ("../one", "base", ""):
+        with pytest.raises(TrimtabError, match="without dots and slashes"):
+            BoostedSAE(topk(), {name: residual()})
+    with pytest.raises(TrimtabError, match="is a TopKSAE; accepted: a JumpReLUSAE"):
+        _check_residual("one", topk(), topk())
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -296,6 +360,58 @@ def test_a_perfect_base_leaves_nothing_to_learn(tmp_path: Path) -> None:
         train([dictionary], TensorShards({"x": x}), settings(), tmp_path / "run")
 
 
+@pytest.mark.parametrize("subtract", [True, False])
+def test_a_finished_dictionary_is_where_fine_tuning_starts(tmp_path: Path, subtract: bool) -> None:
+    """At the smallest rate its output stays what it was, whatever the norms of its decoder."""
+    rows_ = mixed(10_000, GENERAL, 0)
+    options = {"apply_b_dec_to_input": subtract}
+    first = DictionaryConfig(place="x", n_latents=48, k=3)
+    old = train([first], TensorShards({"x": rows_}), settings(**options), tmp_path / "a")["x"]
+    with torch.no_grad():
+        scale = torch.rand(48, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+        spread = TopKSAE(old.config)
+        spread.load_state_dict(old.state_dict())
+        spread.decoder.mul_(scale)
+        spread.encoder.div_(scale)
+        spread.encoder_bias.div_(scale[:, 0])
+    for name, sae in (("unit", old), ("spread", spread)):
+        sae.save_pretrained(tmp_path / name)
+        again = DictionaryConfig(place="x", n_latents=48, k=3, start=str(tmp_path / name))
+        still = settings(tokens=1_000, learning_rate=1e-12, final_learning_rate=0.0, alpha=0.0, **options)
+        tuned = train([again], TensorShards({"x": rows_}), still, tmp_path / f"tuned-{name}")["x"]
+        torch.testing.assert_close(tuned(rows_[:200]), old(rows_[:200]), atol=2e-2, rtol=1e-3)
+
+
+def test_what_cannot_be_a_start_is_refused(base: Path, tmp_path: Path) -> None:
+    shards = TensorShards({"x": mixed(1000, GENERAL, 0)})
+    for options, message in (
+        ({"n_latents": 16}, "n_latents=48, this dictionary 16"),
+        ({"kron": (2, 4)}, "base or kron"),
+    ):
+        fields: dict[str, Any] = {"place": "x", "n_latents": 48, "k": 2, "start": str(base)} | options
+        with pytest.raises(TrimtabError, match=message):
+            train([DictionaryConfig(**fields)], shards, settings(), tmp_path / "run")
+
+
+def test_a_residual_is_learned_in_the_middle_of_a_run_as_in_one_go(base: Path, tmp_path: Path) -> None:
+    dictionary = DictionaryConfig(place="x", n_latents=16, k=2, base=str(base))
+
+    def source() -> Mixture:
+        parts = [TensorShards({"x": mixed(3_000, atoms, 3)}, shard_rows=1_000) for atoms in (DOMAIN, GENERAL)]
+        return Mixture(parts[0], parts[1], 0.2)
+
+    stops = settings(tokens=10_000, checkpoint_every=30, keep_last=9)
+    whole = train([dictionary], source(), stops, tmp_path / "whole")["x"]
+    copied = tmp_path / "part" / "checkpoints" / "step-00000060"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / copied.name, copied)
+    resumed = train([dictionary], source(), stops, tmp_path / "part")["x"]
+    assert isinstance(resumed, JumpReLUSAE)
+    assert resumed.threshold[0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    held_out = torch.cat([mixed(1600, DOMAIN, 4), mixed(400, GENERAL, 4)])
+    assert reconstruction(whole, held_out)["l0"] == pytest.approx(2, rel=0.2)  # scaled in and out, the threshold too
+
+
 def test_a_planted_error_is_found(tmp_path: Path) -> None:
     """The base misses one direction that x shows plainly: the residual's strongest row is that direction."""
     planted = torch.nn.functional.normalize(rows(1, 5, 24)[0], dim=0)
@@ -343,13 +459,25 @@ def test_a_base_of_another_place_or_width_is_refused(base: Path, tmp_path: Path)
 
 
 def test_a_mixture_has_the_share_that_was_asked_for() -> None:
-    main, other = TensorShards({"x": torch.zeros(900, 2)}), TensorShards({"x": torch.ones(900, 2)})
+    main = TensorShards({"x": torch.zeros(900, 2)}, shard_rows=90)
+    other = TensorShards({"x": torch.arange(1.0, 901.0)[:, None].expand(-1, 2).contiguous()}, shard_rows=90)
     mixture = Mixture(main, other, 0.1)
-    shard = mixture.shard(0)["x"]
-    assert (len(shard), shard[:, 0].sum().item()) == (1000, 100)
-    assert mixture.identity["share"] == 0.1
-    assert mixture.identity != Mixture(main, main, 0.1).identity
+    drawn = []
+    for index in range(18):
+        shard = mixture.shard(index)["x"][:, 0]
+        assert len(shard) == 100
+        drawn += shard[shard > 0].tolist()
+    assert sorted(drawn) == list(range(1, 181))  # every row of the other's first two shards, once
+    assert torch.equal(mixture.shard(5)["x"], Mixture(main, other, 0.1).shard(5)["x"])
+    assert mixture.identity["mixed"][0]["share"] == 0.1
+    twice = Mixture(mixture, main, 0.1).identity["mixed"]
+    assert [part["with"] for part in twice] == [other.identity, main.identity]
     mixture.restore(mixture.state(3))
+
+
+def test_a_short_source_comes_round_again() -> None:
+    main, other = TensorShards({"x": torch.zeros(900, 2)}), TensorShards({"x": torch.ones(10, 2)})
+    assert Mixture(main, other, 0.5).shard(0)["x"].sum() == 1800
 
 
 def test_what_cannot_be_mixed_is_refused() -> None:
@@ -358,5 +486,3 @@ def test_what_cannot_be_mixed_is_refused() -> None:
         Mixture(main, main, 1.0)
     with pytest.raises(TrimtabError, match="of the two sources differ"):
         Mixture(main, TensorShards({"y": torch.rand(900, 2)}), 0.5)
-    with pytest.raises(TrimtabError, match="needs 8100 rows"):
-        Mixture(main, main, 0.9).shard(0)

@@ -394,7 +394,6 @@ def test_saved_and_loaded_bit_for_bit(tmp_path: Path, changes: dict[str, Any], d
         ({"h": 10**12}, "beyond"),
         ({"eps": "small"}, "eps='small'; accepted: a number"),
         ({"activation": "max"}, "activation='max'"),
-        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=true"),
         ({"m": 4, "n": 3}, None),
     ],
 )
@@ -413,6 +412,24 @@ def test_low_precision_is_close_to_float32() -> None:
     sae, x = dictionary(k=96), inputs(50, d=12).float()  # all latents: near ties would else change places
     low = dictionary(k=96).to(torch.bfloat16)(x)
     assert (low - sae(x)).norm() < 1e-2 * sae(x).norm()
+
+
+def test_heads_are_ordered_in_float32_whatever_the_inputs_precision() -> None:
+    """Half precision overflows at p q > 65,504: all heads would look alike."""
+    shape = encoding(64, 2, 2)
+    w = weights(shape, d=16)
+    x = (60 * inputs(20, d=16)).half()
+    encoder, bias = w.encoder.half(), w.encoder_bias.half()
+    found, _ = shape.top(x, encoder, bias, 4)
+    exact = latents_dense(x, encoder, bias, shape).topk(4, dim=-1).values
+    assert exact.max() > 300
+    torch.testing.assert_close(found.values.sort(descending=True).values, exact.half(), rtol=2e-3, atol=0)
+
+
+def test_an_eps_of_zero_is_saved_and_loaded(tmp_path: Path) -> None:
+    sae = dictionary(eps=0.0)
+    sae.save_pretrained(tmp_path)
+    assert KronSAE.from_pretrained(tmp_path).config.eps == 0
 
 
 def test_dictionaries_of_other_libraries_have_no_such_encoder(tmp_path: Path) -> None:

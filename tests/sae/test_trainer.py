@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from trimtab.core import checkpoint
 from trimtab.core.errors import TrimtabError
 from trimtab.sae import DictionaryConfig, TensorShards, TopKSAE, TrainingConfig, train
 from trimtab.sae.learner import Learner
-from trimtab.sae.metrics import ReconstructionMeter
+from trimtab.sae.metrics import ReconstructionMeter, ev_curve
 from trimtab.sae.trainer import dictionary_names
 
 
@@ -76,6 +77,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "budgets": {"objective": "hierarchical", "budgets": (1, 3), "budget_weights": (1.0, 3.0)},
     "multi_topk": {"objective": "multi_topk"},
     "matryoshka": {"objective": "matryoshka", "budgets": (16, 64)},
+    "batch_topk": {"sparsifier": "batch_topk"},
+    "batch_topk-matryoshka": {"sparsifier": "batch_topk", "objective": "matryoshka", "budgets": (16, 64)},
+    "kron-product": {"kron": (4, 4), "kron_activation": "product"},
     "kron-matryoshka": {"kron": (2, 4), "objective": "matryoshka", "budgets": (16, 32, 64)},
     "kron-hierarchical": {"kron": (4, 4), "objective": "hierarchical"},
 }
@@ -105,6 +109,8 @@ def test_one_hierarchical_dictionary_serves_smaller_budgets_better(tmp_path: Pat
     rows, held_out = sparse_rows(20_000), sparse_rows(1000, seed=5)
     kinds = [DictionaryConfig(place="x", n_latents=64, k=6, objective=o) for o in ("reconstruction", "hierarchical")]
     plain, hierarchical = train(kinds, TensorShards({"x": rows}), config(), tmp_path).values()
+    curve = ev_curve(hierarchical, held_out, range(1, 7))
+    assert all(later > earlier - 1e-3 for earlier, later in itertools.pairwise(curve.values()))
     for k in (1, 2, 3):
         errors = [((sae(held_out, k) - held_out).square().sum()).item() for sae in (plain, hierarchical)]
         assert errors[1] < errors[0]

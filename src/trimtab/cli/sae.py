@@ -18,10 +18,12 @@ from trimtab.core.progress import Progress
 from trimtab.core.text import TextSource
 from trimtab.gallery.dictionaries import dictionary_page, place_of, read_history, training_curves
 from trimtab.gallery.report import MAX_LATENTS, render
+from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
 from trimtab.sae.functional import Sparsifier
 from trimtab.sae.harvest import Harvest, HarvestConfig, Mixture, ShardCache, ShardSource
+from trimtab.sae.jumprelu import JumpReLUSAE
 from trimtab.sae.metrics import evaluate as evaluate_sae
 from trimtab.sae.modeling import TopKSAE
 from trimtab.sae.plan import plan
@@ -110,7 +112,7 @@ def train(
         sparsifier: topk, or batch_topk: k latents on average, and thresholds (JumpReLU) at inference
         base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
         start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
-        replay_text: general text whose activations are mixed in, as for text
+        replay_text: general text whose activations are mixed in: a file, folder or dataset as for text
         replay_share: its share of the activations
         dtype: of the language model
         cache: directory that keeps the activations for further runs
@@ -169,6 +171,8 @@ def evaluate(
 ) -> None:
     """Measure a dictionary on text, best on one that it was not trained on; writes DIRECTORY/evaluation.json.
 
+    One that was trained with --base is measured together with its base.
+
     Args:
         directory: a dictionary, as `trimtab sae train` writes them
         tokens: tokens for explained variance, L0 and densities
@@ -182,7 +186,13 @@ def evaluate(
     )
     with Progress("evaluating", tokens, "tokens") as bar:
         evaluation = evaluate_sae(
-            sae, live, place=place, target=target, tokens=tokens, ce_tokens=ce_tokens, advance=bar.advance
+            _with_base(sae, live.model),
+            live,
+            place=place,
+            target=target,
+            tokens=tokens,
+            ce_tokens=ce_tokens,
+            advance=bar.advance,
         )
     write_file(directory / "evaluation.json", json.dumps(evaluation.summary(), indent=2).encode())
     table = Table("measure", "value", title=str(directory))
@@ -253,7 +263,8 @@ def show(
         raise TrimtabError(f"top={top} must be at least 1")
     sae, place, _ = _open(directory)
     lm, tokenizer, layers = _model(sae, model, trust_remote_code)
-    table = Table("token", f"strongest {top} of at most {sae.config.k} latents", title=f"{directory}, {place}")
+    bound = "" if isinstance(sae, JumpReLUSAE) else f" of at most {sae.config.k}"
+    table = Table("token", f"strongest {top}{bound} latents", title=f"{directory}, {place}")
     for row in latents_of_text(sae, lm, tokenizer, prompt, place=place, layers=layers):
         latents = "  ".join(f"{latent}: {value:.3g}" for latent, value in row.latents[:top])
         table.add_row(repr(tokenizer.decode([row.token_id])), latents or "(not read)")
@@ -264,6 +275,15 @@ def _open(directory: Path) -> tuple[TopKSAE, str, str | None]:
     """The dictionary, the place that it reads, and the one that it writes if another."""
     sae = TopKSAE.from_pretrained(directory)
     return (sae, *place_of(sae))
+
+
+def _with_base(sae: TopKSAE, model: Any) -> TopKSAE | BoostedSAE:
+    """The dictionary, together with the one whose error it reconstructs if it is such a one."""
+    match sae.config.metadata:
+        case {"trimtab": {"dictionary": {"base": str(base)}}} if isinstance(sae, JumpReLUSAE):
+            old = TopKSAE.from_pretrained(base).to(next(model.parameters()).device)
+            return BoostedSAE(old, {"addition": sae})
+    return sae
 
 
 def _model(sae: TopKSAE, settings: ModelSettings, trust_remote_code: bool) -> tuple[Any, Any, str | None]:

@@ -21,6 +21,8 @@ Train a residual with `DictionaryConfig(place, n_latents=1024, k=5, base="…")`
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,41 +32,44 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.files import write_directory
 from trimtab.sae.encodings import Latents
 from trimtab.sae.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 __all__ = ["BoostedSAE", "stitch"]
 
+INDEX = "boosted.json"
+"""Beside the parts: their domains in order, and which are on."""
+
 
 class BoostedSAE(nn.Module):
     """A frozen base dictionary and residual dictionaries by the name of their domain, each of which can be off.
 
-    Raises TrimtabError for residuals of another width, or with a decoder bias.
+    Every part computes in its own dtype; outputs are summed in float32 at least. Raises TrimtabError for residuals of
+    another kind than JumpReLUSAE, of another width, or with a decoder bias.
     """
 
     def __init__(self, base: TopKSAE, residuals: Mapping[str, JumpReLUSAE]) -> None:
         super().__init__()
         for name, residual in residuals.items():
-            if not name or "." in name or "/" in name:
-                raise TrimtabError(f"residuals has the name {name!r}; accepted: a word without dots and slashes")
-            found = (residual.config.d_in, residual.config.output_width)
-            if found != (base.config.d_in, base.config.output_width):
-                raise TrimtabError(
-                    f"residual {name!r} reads and writes {found} features; the base has "
-                    f"{(base.config.d_in, base.config.output_width)}"
-                )
-            if residual.decoder_bias.any() or residual.config.apply_b_dec_to_input:
-                raise TrimtabError(f"residual {name!r} has a decoder bias: it would change every token")
+            _check_residual(name, residual, base)
         self.base = base.requires_grad_(False)
-        self.residuals = nn.ModuleDict(residuals)
+        self.parts = nn.ModuleList(residuals.values())
         self.enabled = dict.fromkeys(residuals, True)
+
+    @property
+    def residuals(self) -> dict[str, JumpReLUSAE]:
+        """The residual dictionaries by domain, in the order of their latents."""
+        return {
+            name: part for name, part in zip(self.enabled, self.parts, strict=True) if isinstance(part, JumpReLUSAE)
+        }
 
     @property
     def feature_slices(self) -> dict[str, slice]:
         """Where the latents of "base" and of each domain are in `encode`, domains that are off included."""
         slices, start = {}, 0
-        for name, sae in (("base", self.base), *self._residuals()):
+        for name, sae in {"base": self.base, **self.residuals}.items():
             slices[name] = slice(start, start + sae.config.n_latents)
             start += sae.config.n_latents
         return slices
@@ -90,79 +95,90 @@ class BoostedSAE(nn.Module):
     @property
     def config(self) -> TopKSAEConfig:
         """The shape of the whole; k is that of the base and no bound on the sum."""
-        total = max(part.stop for part in self.feature_slices.values())
         base = self.base.config
+        total = max(part.stop for part in self.feature_slices.values())
         return TopKSAEConfig(d_in=base.d_in, n_latents=total, k=base.k, metadata=base.metadata)
 
     def encode_sparse(self, x: Float[Tensor, "*tokens d"], k: int | None = None) -> Latents:
         """What fires, the base's latents (its k largest) first, by the indices of `encode`."""
         parts = [self.base.encode_sparse(x, k)]
-        for name, residual in self._residuals():
+        for name, residual in self.residuals.items():
             values, indices = residual.encode_sparse(x)
             parts.append(Latents(values * self.enabled[name], indices + self.feature_slices[name].start))
         return Latents(torch.cat([p.values for p in parts], -1), torch.cat([p.indices for p in parts], -1))
 
     def decode_sparse(self, latents: Latents) -> Float[Tensor, "*tokens d"]:
-        """x_boosted from sparse latents."""
+        """x_boosted from sparse latents, in float32 at least."""
         found = torch.zeros((), device=self.base.device)
-        for name, sae in (("base", self.base), *self._residuals()):
+        for name, sae in {"base": self.base, **self.residuals}.items():
             own = self.feature_slices[name]
             inside = (latents.indices >= own.start) & (latents.indices < own.stop)
             local = (latents.indices - own.start).clamp(0, sae.config.n_latents - 1)
-            found = found + sae.decode_sparse(Latents(latents.values * inside, local))
+            part = sae.decode_sparse(Latents((latents.values * inside).to(sae.dtype), local))
+            found = found + part.to(_wide(part.dtype))
         return found
 
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens n_latents"]:
         """All latents, of the base and then of each domain; those of a domain that is off are 0."""
         parts = [self.base.encode(x)]
-        for name, residual in self._residuals():
+        for name, residual in self.residuals.items():
             latents = residual.encode(x)
             parts.append(latents if self.enabled[name] else torch.zeros_like(latents))
         return torch.cat(parts, -1)
 
     def decode(self, latents: Float[Tensor, "*tokens n_latents"]) -> Float[Tensor, "*tokens d"]:
-        """x_boosted from all latents."""
+        """x_boosted from all latents, in float32 at least."""
         slices = self.feature_slices
-        found = self.base.decode(latents[..., slices["base"]])
-        for name, residual in self._residuals():
-            found = found + latents[..., slices[name]] @ residual.decoder
+        found = self.base.decode(latents[..., slices["base"]].to(self.base.dtype))
+        found = found.to(_wide(found.dtype))
+        for name, residual in self.residuals.items():
+            found = found + latents[..., slices[name]].to(residual.dtype) @ residual.decoder
         return found
 
     def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         """x_boosted, in the dtype of `x`; where no residual latent fires it is the base's output, bit for bit."""
-        found = self.base(x)
-        for name, residual in self._residuals():
+        wide = _wide(x.dtype)
+        found = self.base(x).to(wide)
+        for name, residual in self.residuals.items():
             if self.enabled[name]:
-                found = (found.float() + residual(x.float())).to(x.dtype)
-        return found
+                found = found + residual(x.to(wide))
+        return found.to(x.dtype)
 
     def stitch(self) -> JumpReLUSAE:
         """One dictionary of all latents, in the order of `feature_slices`, with what is off left out.
 
-        Raises TrimtabError unless the base is a JumpReLU or ReLU dictionary.
+        Its metadata says, under "trimtab" and "stitched", where each domain's latents are. Raises TrimtabError unless
+        the base is a JumpReLU or ReLU dictionary.
         """
-        return stitch(self.base, [residual for name, residual in self._residuals() if self.enabled[name]])
+        return stitch(self.base, {name: part for name, part in self.residuals.items() if self.enabled[name]})
 
     def save_pretrained(self, directory: Path | str) -> None:
-        """Write the base into `directory`/base and each residual into `directory`/residuals/<domain>."""
-        self.base.save_pretrained(Path(directory) / "base")
-        for name, residual in self._residuals():
-            residual.save_pretrained(Path(directory) / "residuals" / name)
+        """Write the base into `directory`/base, each residual into `directory`/residuals/<domain>, and an index.
+
+        All or nothing. Raises TrimtabError where `directory` holds anything else, such as a domain that is no more.
+        """
+        with write_directory(directory) as new:
+            self.base.save_pretrained(new / "base")
+            for name, residual in self.residuals.items():
+                residual.save_pretrained(new / "residuals" / name)
+            (new / INDEX).write_text(json.dumps({"domains": self.enabled}, indent=2), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: Path | str) -> BoostedSAE:
-        """What `save_pretrained` wrote. Raises TrimtabError for a residual that is no JumpReLU dictionary."""
-        root = Path(directory)
-        found = {}
-        for path in sorted((root / "residuals").iterdir()) if (root / "residuals").is_dir() else ():
-            residual = TopKSAE.from_pretrained(path)
-            if not isinstance(residual, JumpReLUSAE):
-                raise TrimtabError(f"{path} holds a {type(residual).__name__}; accepted: a JumpReLUSAE")
-            found[path.name] = residual
-        return cls(TopKSAE.from_pretrained(root / "base"), found)
-
-    def _residuals(self) -> list[tuple[str, JumpReLUSAE]]:
-        return [(name, residual) for name, residual in self.residuals.items() if isinstance(residual, JumpReLUSAE)]
+        """What `save_pretrained` wrote. Raises TrimtabError for an index that is none, and for a residual as above."""
+        path = Path(directory) / INDEX
+        try:
+            enabled = dict(json.loads(path.read_text("utf-8"))["domains"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise TrimtabError(f"{path} is not the index of a boosted dictionary: {error!r}") from error
+        for name, on in enabled.items():
+            if not _is_name(name) or not isinstance(on, bool):
+                raise TrimtabError(f"{path} names the domain {name!r}: {on!r}; accepted: a word, and true or false")
+        base = TopKSAE.from_pretrained(path.parent / "base")
+        found: dict[str, TopKSAE] = {n: TopKSAE.from_pretrained(path.parent / "residuals" / n) for n in enabled}
+        boosted = cls(base, found)  # type: ignore[arg-type]  # which it checks
+        boosted.enabled.update(enabled)
+        return boosted
 
     def _switch(self, domain: str, on: bool) -> None:
         if domain not in self.enabled:
@@ -170,22 +186,48 @@ class BoostedSAE(nn.Module):
         self.enabled[domain] = on
 
 
-def stitch(base: TopKSAE, residuals: list[JumpReLUSAE]) -> JumpReLUSAE:
-    """`base` and `residuals` as one dictionary (see the module's docstring)."""
+def stitch(base: TopKSAE, residuals: Mapping[str, JumpReLUSAE]) -> JumpReLUSAE:
+    """`base` and `residuals` as one dictionary, in the widest of their dtypes (see the module's docstring)."""
     if not isinstance(base, JumpReLUSAE):
         raise TrimtabError(
             f"the base is a {type(base).__name__}, whose selection is among all latents; accepted: a JumpReLUSAE"
         )
-    parts = [base, *residuals]
-    total = sum(part.config.n_latents for part in parts)
-    shape = {k: v for k, v in base.config.to_dict().items() if k != "k"} | {"n_latents": total}
-    stitched = JumpReLUSAE(JumpReLUSAEConfig(**shape)).to(base.device, base.dtype)
-    shift = base.decoder_bias if base.config.apply_b_dec_to_input else torch.zeros_like(base.decoder_bias)
+    parts = {"base": base, **residuals}
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
+    slices, total = {}, 0
+    for name, part in parts.items():
+        slices[name] = [total, total + part.config.n_latents]
+        total += part.config.n_latents
+    ours = base.config.metadata.get("trimtab")
+    metadata = base.config.metadata | {"trimtab": (ours if isinstance(ours, dict) else {}) | {"stitched": slices}}
+    shape = {k: v for k, v in base.config.to_dict().items() if k != "k"} | {"n_latents": total, "metadata": metadata}
+    stitched = JumpReLUSAE(JumpReLUSAEConfig(**shape)).to(base.device, dtype)
     with torch.no_grad():
-        stitched.encoder.copy_(torch.cat([part.encoder for part in parts]))
-        stitched.decoder.copy_(torch.cat([part.decoder for part in parts]))
-        biases = [base.encoder_bias, *(r.encoder_bias + r.encoder @ shift.to(r.dtype) for r in residuals)]
+        shift = base.decoder_bias.to(dtype) * base.config.apply_b_dec_to_input
+        biases = [part.encoder_bias.to(dtype) for part in parts.values()]
+        biases[1:] = [b + r.encoder.to(dtype) @ shift for b, r in zip(biases[1:], residuals.values(), strict=True)]
         stitched.encoder_bias.copy_(torch.cat(biases))
-        stitched.threshold.copy_(torch.cat([part.threshold for part in parts]))
+        for name in ("encoder", "decoder", "threshold"):
+            getattr(stitched, name).copy_(torch.cat([getattr(part, name).to(dtype) for part in parts.values()]))
         stitched.decoder_bias.copy_(base.decoder_bias)
     return stitched
+
+
+def _check_residual(name: str, residual: TopKSAE, base: TopKSAE) -> None:
+    if not _is_name(name):
+        raise TrimtabError(f"residuals has the name {name!r}; accepted: a word without dots and slashes, not 'base'")
+    if not isinstance(residual, JumpReLUSAE):
+        raise TrimtabError(f"residual {name!r} is a {type(residual).__name__}; accepted: a JumpReLUSAE")
+    found, wanted = ((sae.config.d_in, sae.config.output_width) for sae in (residual, base))
+    if found != wanted:
+        raise TrimtabError(f"residual {name!r} reads and writes {found} features; the base has {wanted}")
+    if residual.decoder_bias.any() or residual.config.apply_b_dec_to_input:
+        raise TrimtabError(f"residual {name!r} has a decoder bias: it would change every token")
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and name != "base" and not set(name) & set("./\\")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -20,6 +20,7 @@ from trimtab.sae.objectives import (
 
 __all__ = ["DictionaryConfig", "ObjectiveName", "TrainingConfig"]
 
+ACTIVATIONS = ("mand", "relu_product", "product")
 ObjectiveName = Literal["reconstruction", "hierarchical", "multi_topk", "matryoshka"]
 
 
@@ -33,6 +34,7 @@ class DictionaryConfig:
         k: latents that a token may use
         target: the activation that it writes; None for `place` itself, another place makes a transcoder
         kron: m and n of a KronSAE, whose heads have m x n latents; None for a dense encoder
+        kron_activation: mand, or one of the paper's ablations: relu_product, product
         objective: what it is trained for: reconstruction from its k latents; hierarchical, from every number of them up
             to k; multi_topk, from k and from 4 k; matryoshka, from the first latents of the dictionary
         budgets: hierarchical: the numbers of latents, None for all of 1 … k; matryoshka: lengths of the prefixes, the
@@ -49,6 +51,7 @@ class DictionaryConfig:
     k: int
     target: str | None = None
     kron: tuple[int, int] | None = None
+    kron_activation: Literal["mand", "relu_product", "product"] = "mand"
     objective: ObjectiveName = "reconstruction"
     budgets: tuple[int, ...] | None = None
     budget_weights: tuple[float, ...] | None = None
@@ -74,6 +77,10 @@ class DictionaryConfig:
             raise unknown("sparsifier", self.sparsifier, get_args(Sparsifier))
         if self.base is not None and (self.target is not None or self.kron is not None):
             raise TrimtabError(f"base={self.base!r}: what it leaves over is learned by dense autoencoders only")
+        if self.kron_activation not in ACTIVATIONS:
+            raise unknown("kron_activation", self.kron_activation, ACTIVATIONS)
+        if self.start is not None and (self.base is not None or self.kron is not None):
+            raise TrimtabError(f"start={self.start!r} has no meaning with base or kron: it is for dense dictionaries")
         if self.batch_topk and (self.kron is not None or self.objective in ("hierarchical", "multi_topk")):
             raise TrimtabError(
                 f"batch_topk has no meaning for kron={self.kron}, objective={self.objective!r}: a threshold "

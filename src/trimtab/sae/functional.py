@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trimtab.sae import kernels
 from trimtab.sae.encodings import DenseEncoding, Encoding, Latents, batch_top
@@ -107,6 +108,7 @@ class _SparseEncode(torch.autograd.Function):
         return latents.values, latents.indices
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, encoder = ctx.saved_tensors
         d_pre, rows = ctx.pullback(gradients[0])

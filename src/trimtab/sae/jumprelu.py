@@ -14,9 +14,11 @@ A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.encodings.batc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -35,11 +37,10 @@ class BatchThreshold:
     sum: float = 0.0
     batches: int = 0
 
-    def update(self, values: Float[Tensor, "tokens k"]) -> None:
-        """Take in the latents that a batch kept; one without any changes nothing."""
-        positive = values[values > 0]
-        if len(positive):
-            self.sum += self.rate * (positive.min().item() - self.sum)
+    def update(self, smallest: float) -> None:
+        """Take in the smallest positive latent that a batch kept; infinity, of a batch without any, changes nothing."""
+        if smallest < math.inf:
+            self.sum += self.rate * (smallest - self.sum)
             self.batches += 1
 
     @property
@@ -68,7 +69,7 @@ class JumpReLUSAE(TopKSAE):
         self.threshold = nn.Parameter(torch.zeros(config.n_latents, device=self.encoder.device))
 
     def encode_sparse(self, x: Float[Tensor, "*tokens d_in"], k: int | None = None) -> Latents:
-        """What fires, or the k largest of it, with as many slots as the fullest token needs. No gradient."""
+        """What fires, or the k largest of it, with as many slots as the fullest token needs."""
         self._check_width(x)
         if k is not None and not 1 <= k <= self.config.n_latents:
             raise TrimtabError(f"k={k!r} must lie between 1 and n_latents={self.config.n_latents}")
@@ -76,17 +77,18 @@ class JumpReLUSAE(TopKSAE):
         if self.config.apply_b_dec_to_input:
             flat = flat - self.decoder_bias
         parts = []
-        with torch.no_grad():
-            for block in blocks(len(flat), self.config.n_latents):
-                fires = self._fire(flat[block])
-                slots = max(int((fires > 0).sum(-1).max()), 1)
-                parts.append(fires.topk(min(slots, k or slots), dim=-1, sorted=False))
-        width = max(part.values.shape[-1] for part in parts) if parts else 1
-        values, indices = flat.new_zeros(len(flat), width), torch.zeros(len(flat), width, dtype=torch.int64)
-        indices = indices.to(flat.device)
-        for part, block in zip(parts, blocks(len(flat), self.config.n_latents), strict=True):
-            slots = part.values.shape[-1]
-            values[block, :slots], indices[block, :slots] = part.values, part.indices
+        for block in blocks(len(flat), self.config.n_latents):
+            fires = self._fire(flat[block])
+            slots = max(int((fires > 0).sum(-1).max()), 1)
+            indices = fires.detach().topk(min(slots, k or slots), dim=-1, sorted=False).indices
+            parts.append(Latents(fires.gather(-1, indices), indices))
+        if not parts:
+            parts = [Latents(flat.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=flat.device))]
+        width = max(part.values.shape[-1] for part in parts)
+        values, indices = (
+            torch.cat([F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors])
+            for tensors in zip(*parts, strict=True)
+        )
         shape = (*x.shape[:-1], width)
         return Latents(values.view(shape), indices.view(shape))
 

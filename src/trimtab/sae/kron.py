@@ -77,6 +77,7 @@ class KronEncoding:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise TrimtabError(f"{name}={value!r} must be a positive integer")
+        object.__setattr__(self, "eps", float(self.eps))
         if not 0 <= self.eps < float("inf"):
             raise TrimtabError(f"eps={self.eps!r} must be 0 or above")
         if self.activation not in ACTIVATIONS:
@@ -177,6 +178,7 @@ class KronEncoding:
 
     def _corners(self, u: Tensor, v: Tensor) -> Tensor:
         """A number for each head that orders heads by their largest latent."""
+        u, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (u, v))  # as `values` multiplies
         largest = u.amax(1), v.amax(1)
         if self.activation != "product":
             return largest[0].relu() * largest[1].relu()
@@ -248,6 +250,7 @@ class KronSAEConfig(TopKSAEConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n_latents", self.encoding.n_latents)
+        object.__setattr__(self, "eps", self.encoding.eps)
         super().__post_init__()
 
     @functools.cached_property

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trimtab.core.activations import tl_hook_name
 from trimtab.core.errors import TrimtabError
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.encodings import Latents
@@ -26,6 +27,9 @@ from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 __all__ = ["Learner", "open_base"]
+
+BASE_ROWS = 4096
+"""Activations that a frozen base reconstructs at once."""
 
 INITIAL_SHARE = 0.1
 """Of the target's norm in the first reconstructions. Gao et al. have 1; with less the encoder turns sooner, and short
@@ -68,7 +72,7 @@ class Learner:
         source, target = self._pair({place: rows[place].to(device) for place in config.places})
         self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
         if config.start is not None:
-            self._start_from(config.start)
+            self._start_from(config.start, source)
             return self
         source, target = source / self.input_scale, target / self.output_scale
         sae = self.sae
@@ -157,16 +161,18 @@ class Learner:
         )
         if self.base is not None:
             self.gradients.decoder_bias.zero_()  # a residual dictionary has none
-        self.threshold.update(output.latents.values)
         active = self._active(output.latents)
         losses = torch.stack([output.loss, output.aux_loss])
+        smallest = output.latents.values.where(output.latents.values > 0, torch.inf).min()
         if accelerator.num_processes > 1:
             for gradient in self.gradients:
                 torch.distributed.all_reduce(gradient)
                 gradient.div_(accelerator.num_processes)
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
             active = accelerator.reduce(active, "sum")
             losses = accelerator.reduce(losses, "mean")
         self._update(learning_rate, losses, step)
+        self.threshold.update(smallest.item())
         tokens = len(source) * accelerator.num_processes
         self.silent_tokens.add_(tokens).masked_fill_(active > 0, 0)
         self.fired.add_(active)
@@ -177,27 +183,35 @@ class Learner:
             "dead_fraction": len(dead) / self.config.n_latents,
         }
 
-    def _start_from(self, directory: str) -> None:
-        """Take the weights of a finished dictionary, in scaled units."""
+    @torch.no_grad()
+    def _start_from(self, directory: str, source: Tensor) -> None:
+        """Take the weights of a finished dense dictionary, in scaled units; `source` is what this one reads."""
         found, shape = TopKSAE.from_pretrained(directory), self.sae.config
+        if isinstance(found, KronSAE):
+            raise TrimtabError(f"start={directory!r} is a KronSAE; accepted: a dense dictionary")
+        for name in ("d_in", "n_latents", "output_width", "transcoder", "apply_b_dec_to_input"):
+            mine, other = getattr(shape, name), getattr(found.config, name)
+            if mine != other:
+                raise TrimtabError(f"start={directory!r} has {name}={other}, this dictionary {mine}")
+        if self.training.unit_norm_decoder:
+            norms = found.decoder.norm(dim=-1)
+            found.encoder.mul_(norms[:, None])
+            found.encoder_bias.mul_(norms)
+            found.decoder.div_(norms.where(norms > 0, 1.0)[:, None])
+        found = found.float().to(self.sae.device)
         found.fold_scales(1 / self.input_scale, 1 / self.output_scale)
-        weights = {name: weight for name, weight in found.state_dict().items() if name != "threshold"}
-        wanted = {name: tuple(weight.shape) for name, weight in self.sae.state_dict().items()}
-        if {name: tuple(weight.shape) for name, weight in weights.items()} != wanted:
-            raise TrimtabError(f"start={directory!r} holds weights of another shape than {wanted}")
-        if found.config.apply_b_dec_to_input != shape.apply_b_dec_to_input:
-            raise TrimtabError(
-                f"start={directory!r} has apply_b_dec_to_input={found.config.apply_b_dec_to_input}, this run "
-                f"{shape.apply_b_dec_to_input}"
-            )
-        self.sae.load_state_dict(weights)
+        if not shape.apply_b_dec_to_input:
+            self.input_mean.copy_((source / self.input_scale).mean(0))
+            found.encoder_bias.add_(found.encoder @ self.input_mean)
+        self.sae.load_state_dict({name: w for name, w in found.state_dict().items() if name != "threshold"})
 
     @torch.no_grad()
     def _pair(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is read and what is to be written, in float32 and in the activations' own units."""
         source = rows[self.config.place].float()
         if self.base is not None:
-            return source, source - self.base(rows[self.config.place]).float()
+            found = torch.cat([self.base(part) for part in source.split(BASE_ROWS)])
+            return source, source - found
         return source, source if self.config.target is None else rows[self.config.target].float()
 
     def _active(self, latents: Latents) -> Tensor:
@@ -234,9 +248,19 @@ def open_base(config: DictionaryConfig) -> TopKSAE:
     match base.config.metadata:
         case {"trimtab": {"place": str(place)}} if place != config.place:
             raise TrimtabError(f"base={config.base!r} reads place {place!r}, this dictionary {config.place!r}")
+        case {"hook_name": str(hook)} if hook != _hook_of(config.place, hook):
+            raise TrimtabError(f"base={config.base!r} reads hook {hook!r}, this dictionary place {config.place!r}")
     if base.config.transcoder:
         raise TrimtabError(f"base={config.base!r} is a transcoder; accepted: an autoencoder")
     return base
+
+
+def _hook_of(place: str, otherwise: str) -> str:
+    """The place's name in TransformerLens; `otherwise` for a place that is none of a transformer's."""
+    try:
+        return tl_hook_name(place)
+    except TrimtabError:
+        return otherwise
 
 
 def _fresh(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int, int]) -> TopKSAE:
@@ -253,7 +277,8 @@ def _fresh(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int
     if config.kron is None:
         return TopKSAE(TopKSAEConfig(n_latents=config.n_latents, **common), seed=config.seed)
     m, n = config.kron
-    return KronSAE(KronSAEConfig(h=config.n_latents // (m * n), m=m, n=n, **common), seed=config.seed)
+    h = config.n_latents // (m * n)
+    return KronSAE(KronSAEConfig(h=h, m=m, n=n, activation=config.kron_activation, **common), seed=config.seed)
 
 
 def _scale(rows: Tensor, place: str) -> float:

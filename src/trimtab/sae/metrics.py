@@ -143,7 +143,8 @@ def ev_curve(sae: TopKSAE, rows: Float[Tensor, "rows d"], budgets: Sequence[int]
         indices = latents.indices.gather(-1, order)
         found, done = sae.b_dec.expand(len(part), -1), 0
         for j, meter in meters.items():
-            found = found + kernels.mix_rows(values[:, done:j], indices[:, done:j], sae.decoder)
+            if done < values.shape[1]:
+                found = found + kernels.mix_rows(values[:, done:j], indices[:, done:j], sae.decoder)
             done = j
             meter.update(part, found, indices[:, :j][values[:, :j] > 0])
     return {j: meter.results()["explained_variance"] for j, meter in meters.items()}

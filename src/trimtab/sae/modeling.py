@@ -145,7 +145,7 @@ class TopKSAE(nn.Module, ModelHubMixin, library_name="saelens", tags=["sparse-au
         """All latents of each token, at most k of them positive. Costs tokens x n_latents of memory."""
         latents = self.encode_sparse(x, k)
         dense = latents.values.new_zeros(*x.shape[:-1], self.config.n_latents)
-        return dense.scatter(-1, latents.indices, latents.values)
+        return dense.scatter_add(-1, latents.indices, latents.values)  # slots of 0 may name any latent
 
     def decode(self, latents: Float[Tensor, "*tokens n_latents"]) -> Float[Tensor, "*tokens d_out"]:
         """The reconstruction from dense latents."""

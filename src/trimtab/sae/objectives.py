@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trimtab.core.errors import TrimtabError
 from trimtab.sae import kernels
@@ -151,7 +152,7 @@ class Hierarchical(_ByValue):
 
 
 class MultiTopK(_ByValue):
-    """Multi-TopK: L(k) + L(4k) / 8."""
+    """Multi-TopK: L(k) + L(4k) / 8; AuxK's residual is that of 4k latents."""
 
     def selected(self, k: int) -> int:
         return 4 * k
@@ -298,7 +299,9 @@ def prefix_loss(
     Raises TrimtabError for tensors that do not fit.
     """
     _check(values, indices, decoder, decoder_bias, target, weights)
-    loss, reconstruction = _PrefixLoss.apply(values, indices, decoder, decoder_bias, target, weights)
+    tensors = (values, decoder, decoder_bias, target)
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    loss, reconstruction = _PrefixLoss.apply(values, indices, decoder, decoder_bias, target, weights, wanted)
     return loss, reconstruction
 
 
@@ -307,20 +310,29 @@ class _PrefixLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, indices: Tensor, decoder: Tensor, bias: Tensor, target: Tensor, weights: Tensor
+        ctx: Any,
+        values: Tensor,
+        indices: Tensor,
+        decoder: Tensor,
+        bias: Tensor,
+        target: Tensor,
+        weights: Tensor,
+        wanted: bool,
     ) -> Any:
-        needed = ctx.needs_input_grad
         wide = torch.promote_types(decoder.dtype, torch.float32)
-        d_decoder = torch.zeros(decoder.shape, dtype=wide, device=decoder.device) if needed[2] else None
-        found = prefix_loss_and_gradients(
-            values, indices, decoder, bias, target, weights, d_decoder=d_decoder, with_gradients=any(needed)
-        )
+        into_decoder = wanted and decoder.requires_grad
+        d_decoder = torch.zeros(decoder.shape, dtype=wide, device=decoder.device) if into_decoder else None
+        with torch.autocast(decoder.device.type, enabled=False):
+            found = prefix_loss_and_gradients(
+                values, indices, decoder, bias, target, weights, d_decoder=d_decoder, with_gradients=wanted
+            )
         ctx.save_for_backward(found.d_values, d_decoder, found.d_reconstruction)
         ctx.dtypes = (values.dtype, decoder.dtype, bias.dtype, target.dtype)
         ctx.mark_non_differentiable(found.reconstruction)
         return found.loss, found.reconstruction
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         d_values, d_decoder, d_reconstruction = ctx.saved_tensors
         upstream = gradients[0]
@@ -334,7 +346,7 @@ class _PrefixLoss(torch.autograd.Function):
             (upstream * gradient).to(dtype) if gradient is not None else None
             for gradient, dtype in zip(found, ctx.dtypes, strict=True)
         )
-        return d_values, None, d_decoder, d_bias, d_target, None
+        return d_values, None, d_decoder, d_bias, d_target, None, None
 
 
 class PrefixGradients(NamedTuple):

@@ -126,6 +126,14 @@ class HierarchicalTopKTrainingSAE(TopKTrainingSAE):
 
     cfg: HierarchicalTopKTrainingSAEConfig
 
+    def __init__(self, cfg: HierarchicalTopKTrainingSAEConfig, use_error_term: bool = False) -> None:
+        if cfg.normalize_activations not in ("none", "expected_average_only_in"):
+            raise TrimtabError(
+                f"normalize_activations={cfg.normalize_activations!r}: prefixes are compared in the input's own units; "
+                "accepted: 'none', 'expected_average_only_in'"
+            )
+        super().__init__(cfg, use_error_term)
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
         target = step_input.sae_in.flatten(0, -2)
@@ -137,9 +145,10 @@ class HierarchicalTopKTrainingSAE(TopKTrainingSAE):
         loss, _ = hierarchical_topk_loss(
             values, indices, decoder, self.b_dec, target, self.cfg.budgets, self.cfg.weights, assume_sorted=True
         )
+        others = {name: value for name, value in output.losses.items() if name != "mse_loss"}
         loss = loss * target.shape[-1]
-        output.loss = output.loss - output.losses["mse_loss"] + loss
-        output.losses = output.losses | {"mse_loss": output.losses["mse_loss"].detach(), "hierarchical_loss": loss}
+        output.loss = torch.stack([loss, *others.values()]).sum()
+        output.losses = {"mse_loss": output.losses["mse_loss"].detach(), "hierarchical_loss": loss, **others}
         return output
 
 

@@ -94,7 +94,7 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
     for place in (place for dictionary in dictionaries for place in dictionary.places):
         if place not in places:
             raise unknown("place", place, places)
-    names = []
+    names: list[str] = []
     for dictionary in dictionaries:
         name = "-to-".join(dictionary.places)
         if sum(other.places == dictionary.places for other in dictionaries) > 1:
@@ -102,17 +102,15 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
             if dictionary.kron is not None:
                 name += f"-kron{dictionary.kron[0]}x{dictionary.kron[1]}"
             if dictionary.base is not None:
-                name += f"-beside-{Path(dictionary.base).name}"
+                name += "-boost"
             elif dictionary.batch_topk:
                 name += "-batch_topk"
             if dictionary.objective != "reconstruction":
                 name += f"-{dictionary.objective}"
-        names.append(name)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise TrimtabError(
-            f"dictionaries hold {twice!r} twice; they must differ in place, target, size, k, seed, kron or objective"
-        )
+        if dictionary in dictionaries[: len(names)]:
+            raise TrimtabError(f"dictionaries hold {name!r} twice; they must differ in some field")
+        same = sum(other == name or other.startswith(f"{name}-alt") for other in names)
+        names.append(f"{name}-alt{same}" if same else name)
     return names
 
 
@@ -306,8 +304,7 @@ def _is_there(sae: TopKSAE, directory: Path) -> bool:
     """Whether `directory` holds these very weights; then it stays, with what was measured of them beside."""
     if not (directory / "cfg.json").exists():
         return False
-    found = formats.read_saelens(directory).state_dict()
-    return all(
-        found[name].shape == weight.shape and found[name].equal(weight.cpu())
-        for name, weight in sae.state_dict().items()
+    found, wanted = formats.read_saelens(directory).state_dict(), sae.state_dict()
+    return found.keys() == wanted.keys() and all(
+        found[name].shape == weight.shape and found[name].equal(weight.cpu()) for name, weight in wanted.items()
     )

@@ -58,6 +58,7 @@ EXPERIMENT = Experiment(
         "TopK 16": ("baseline", functools.partial(_measure, k=16)),
         "TopK 8": ("baseline", functools.partial(_measure, k=8)),
         "TopK 4": ("baseline", functools.partial(_measure, k=4)),
+        "BatchTopK 32": ("baseline", functools.partial(_measure, k=32, sparsifier="batch_topk")),
         "Multi-TopK 8 and 32": ("baseline", functools.partial(_measure, k=8, objective="multi_topk")),
         "Matryoshka 32": (
             "baseline",

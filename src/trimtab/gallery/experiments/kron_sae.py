@@ -7,7 +7,9 @@ the figures are those of a test set.
 
 from __future__ import annotations
 
+import math
 import tempfile
+from typing import Any
 
 from trimtab.gallery.experiment import Experiment
 from trimtab.gallery.testbeds.sparse_codes import Compositional
@@ -21,13 +23,13 @@ BATCH = 128
 BASE = 240
 
 
-def _measure(seed: int, kron: tuple[int, int] | None, steps: int) -> dict[str, float]:
+def _measure(seed: int, kron: tuple[int, int] | None, steps: int, activation: Any = "mand") -> dict[str, float]:
     bed = Compositional(seed=seed)
     train_rows, validation, test = (
         bed.sample(tokens, seed=1000 * seed + part) for part, tokens in enumerate((steps * BATCH, 4096, 4096))
     )
-    dictionary = DictionaryConfig(place="x", n_latents=N_LATENTS, k=K, kron=kron, seed=seed)
-    best, found = -1.0, {}
+    dictionary = DictionaryConfig(place="x", n_latents=N_LATENTS, k=K, kron=kron, kron_activation=activation, seed=seed)
+    best, found = -math.inf, {}
     for rate in RATES:
         settings = TrainingConfig(
             tokens=steps * BATCH,
@@ -68,6 +70,16 @@ def kron_equal_tokens(seed: int) -> dict[str, float]:
     return _measure(seed, (4, 4), BASE)
 
 
+def relu_product(seed: int) -> dict[str, float]:
+    """The ablation relu(u) relu(v), at equal FLOPs."""
+    return _measure(seed, (4, 8), BASE * 8 // 3, "relu_product")
+
+
+def product(seed: int) -> dict[str, float]:
+    """The ablation u v, at equal FLOPs."""
+    return _measure(seed, (4, 8), BASE * 8 // 3, "product")
+
+
 def topk(seed: int) -> dict[str, float]:
     """TopK with a dense encoder."""
     return _measure(seed, None, BASE)
@@ -83,6 +95,8 @@ EXPERIMENT = Experiment(
         "KronSAE (4, 4), equal FLOPs": ("method", kron_4_4),
         "KronSAE (4, 8), equal FLOPs": ("method", kron_4_8),
         "KronSAE (4, 4), equal tokens": ("method", kron_equal_tokens),
+        "relu(u) relu(v) in place of mAND (4, 8)": ("baseline", relu_product),
+        "u v in place of mAND (4, 8)": ("baseline", product),
         "TopK": ("baseline", topk),
     },
     seeds=(0, 1, 2),

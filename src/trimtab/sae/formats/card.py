@@ -78,7 +78,7 @@ def model_card(sae: TopKSAE) -> ModelCard:
         _table(measured) or "No measurement is recorded in the file.",
         "## Use",
         "With Trimtab, on activations [..., d_in]:" + TRIMTAB_CODE,
-        f"SAELens has no {kind} transcoder: its architecture name here is Trimtab's own."
+        "SAELens has no TopK transcoder: the layout of this one is Trimtab's own."
         if config.transcoder
         else "With SAELens:" + (SAELENS_CODE.replace("from sae_lens", KRON_IMPORT) if kind == "Kron" else SAELENS_CODE),
         "## Licence",
@@ -95,6 +95,7 @@ def _facts(sae: TopKSAE) -> dict[str, Any]:
         "model": config.metadata.get("model_name"),
         "activation that is read": own.get("place"),
         "activation that is written": own.get("target"),
+        "what it adds to (its output is what this dictionary leaves over)": _mapping(own.get("dictionary")).get("base"),
         "hook in TransformerLens": config.metadata.get("hook_name"),
         "width of the input": config.d_in,
         "width of the output": config.output_width if config.transcoder else None,

@@ -156,11 +156,8 @@ def read_saelens(directory: Path | str) -> TopKSAE:
     if isinstance(config, KronSAEConfig):
         for name in ("encoder", "encoder_bias"):
             weights[name] = head_major(weights[name], config.encoding, inverse=True).contiguous()
-    if option(path, fields, "rescale_acts_by_decoder_norm", bool, False):
-        if isinstance(config, KronSAEConfig):
-            raise TrimtabError(
-                f"{path}: rescale_acts_by_decoder_norm=true has no meaning for a KronSAE; accepted: false"
-            )
+    topk = fields["architecture"].startswith("topk")  # SAELens has the option for no other
+    if topk and option(path, fields, "rescale_acts_by_decoder_norm", bool, False):
         _fold_decoder_norms(weights)
     return assemble(config, weights)
 
