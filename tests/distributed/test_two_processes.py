@@ -28,13 +28,14 @@ from trimtab.sae import TensorShards, train
 torch.set_num_threads(1)
 train(DICTIONARIES, TensorShards(rows(), shard_rows=100), settings(), sys.argv[1])
 assert dist.is_initialized() and dist.get_world_size() == 2, "one process ran alone"
-print("world size", dist.get_world_size())
+sys.stdout.write(f"world size {{dist.get_world_size()}}\\n")  # in one piece: both write to one pipe
 dist.destroy_process_group()
 """
 
 DICTIONARIES = [
     DictionaryConfig(place="x", n_latents=48, k=4),
     DictionaryConfig(place="x", target="y", n_latents=32, k=4),
+    DictionaryConfig(place="x", n_latents=48, k=4, kron=(2, 4), objective="hierarchical"),
 ]
 
 
@@ -115,6 +116,6 @@ def test_two_processes_resume_with_equal_weights(tmp_path: Path) -> None:
         file.unlink()
     newest.rmdir()
     torchrun(tmp_path / "again")
-    for key, value in load_file(tmp_path / "whole" / "x" / "sae_weights.safetensors").items():
-        found = load_file(tmp_path / "again" / "x" / "sae_weights.safetensors")[key]
+    for key, value in load_file(tmp_path / "whole" / "x-n48-k4-s0" / "sae_weights.safetensors").items():
+        found = load_file(tmp_path / "again" / "x-n48-k4-s0" / "sae_weights.safetensors")[key]
         torch.testing.assert_close(found, value, rtol=0, atol=0)
