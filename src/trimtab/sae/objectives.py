@@ -210,8 +210,8 @@ def _in_order(
 RANKS = 8
 """Ranks of one block."""
 
-BLOCK_ELEMENTS = 1 << 22
-"""Entries of the decoder rows that are gathered at once: 16 MiB in float32."""
+BLOCK_ELEMENTS = 1 << 21
+"""Entries of the decoder rows that are gathered at once: 8 MiB in float32. Errors and suffix sums take as much each."""
 
 
 def hierarchical_topk_loss(
@@ -377,64 +377,55 @@ def prefix_loss_and_gradients(
     tokens, k = values.shape
     d = decoder.shape[1]
     wide = torch.promote_types(decoder.dtype, torch.float32)
-    values, weights = values.to(wide), weights.to(wide) / (max(tokens, 1) * d)
-    start_error = decoder_bias.to(wide) - target.to(wide)  # r before any latent
-    error = start_error.clone()  # of the whole prefix, once a block of tokens is done
+    values, weights = values.to(wide), weights.to(wide) / (tokens * d)
+    first = decoder_bias.to(wide) - target.to(wide)  # the error before any latent
+    last = torch.empty_like(first)  # that after all
     loss = values.new_zeros(())
     d_values = torch.empty_like(values) if with_gradients else values.new_empty(0)
-    d_reconstruction = torch.empty_like(error) if with_gradients else values.new_empty(0)
-    step = max(1, BLOCK_ELEMENTS // max(k * d, 1))
-    rows = torch.empty(min(step, tokens) * k, d, dtype=decoder.dtype, device=decoder.device)
-    errors = torch.empty(min(step, tokens), k, d, dtype=wide, device=decoder.device)
+    d_reconstruction = torch.empty_like(first) if with_gradients else values.new_empty(0)
+    step = min(max(1, BLOCK_ELEMENTS // (k * d)), tokens)
+    ranks = [slice(a, min(a + RANKS, k)) for a in range(0, k, RANKS)]
+    # Matrices of one block of ranks lie together: a product into part of a larger tensor would be taken one by one.
+    buffers = [decoder.new_empty(2, step * (r.stop - r.start), d, dtype=wide) for r in ranks]
+    sums = decoder.new_empty(step * min(RANKS, k), d, dtype=wide)
     for start in range(0, tokens, step):
         block = slice(start, min(start + step, tokens))
-        flat = indices[block].reshape(-1).long()
-        n = len(flat) // max(k, 1)
-        gathered = torch.index_select(decoder, 0, flat, out=rows[: n * k]).view(n, k, d).to(wide)
+        n = block.stop - block.start
+        v, flat = values[block], [indices[block, r].reshape(-1).long() for r in ranks]
         w = weights[block] if weights.ndim == 2 else weights.expand(n, -1)
-        found, last = _errors(values[block], gathered, start_error[block], errors[:n])
-        squares = torch.linalg.vector_norm(found, dim=-1).square()
-        first = start_error[block]
-        loss += (w[:, 1:] * squares).sum() + (w[:, 0] * first.square().sum(-1)).sum()
-        error[block] = last
-        if with_gradients:
-            suffix = _suffix_sums(2 * w[:, 1:], found)
-            d_values[block] = _row_dots(gathered, suffix)
-            d_reconstruction[block] = suffix[:, 0] if k else 0
-            d_reconstruction[block] += 2 * w[:, :1] * first
+        rows, errors, error = [], [], first[block]
+        for r, index, buffer in zip(ranks, flat, buffers, strict=True):
+            gathered, found = (part[: len(index)].view(n, -1, d) for part in buffer)
+            if decoder.dtype == wide:
+                torch.index_select(decoder, 0, index, out=buffer[0, : len(index)])
+            else:
+                gathered.copy_(decoder[index].view_as(gathered))
+            torch.baddbmm(error[:, None], torch.tril(_repeated(v[:, r])), gathered, out=found)
+            squares = torch.linalg.vector_norm(found, dim=-1).square()
+            loss += (w[:, r.start + 1 : r.stop + 1] * squares).sum()
+            error = found[:, -1]
+            rows.append(gathered)
+            errors.append(found)
+        last[block] = error
+        loss += (w[:, 0] * first[block].square().sum(-1)).sum()
+        if not with_gradients:
+            continue
+        after = torch.zeros_like(error)
+        for r, index, gathered, found in reversed(list(zip(ranks, flat, rows, errors, strict=True))):
+            suffix = sums[: len(index)].view(n, -1, d)
+            coefficients = 2 * w[:, r.start + 1 : r.stop + 1]
+            torch.baddbmm(after[:, None], torch.triu(_repeated(coefficients)), found, out=suffix)
+            after = suffix[:, 0].clone()
+            d_values[block, r] = torch.mul(gathered, suffix, out=found).sum(-1)
             if d_decoder is not None:
-                d_decoder.index_add_(0, flat, suffix.mul_(values[block, :, None]).view(n * k, d))
-    return PrefixGradients(loss, error + target.to(wide), d_values, d_reconstruction)
+                d_decoder.index_add_(0, index, suffix.mul_(v[:, r, None]).view(-1, d))
+        d_reconstruction[block] = after + 2 * w[:, :1] * first[block]
+    return PrefixGradients(loss, last + target.to(wide), d_values, d_reconstruction)
 
 
-def _errors(values: Tensor, rows: Tensor, start: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """x_hat_j - x for j = 1 … K into `out` [n, K, d], and the last of them; `start` [n, d] is that for j = 0."""
-    k = values.shape[1]
-    for a in range(0, k, RANKS):
-        ranks = slice(a, min(a + RANKS, k))
-        v = values[:, ranks]
-        triangle = torch.tril(v[:, None, :].expand(-1, v.shape[1], -1))
-        out[:, ranks] = torch.baddbmm(start[:, None].expand(-1, v.shape[1], -1), triangle, rows[:, ranks])
-        start = out[:, ranks.stop - 1]
-    return out, start
-
-
-def _suffix_sums(weights: Tensor, errors: Tensor) -> Tensor:
-    """S_t = sum over j >= t of weights_j errors_j, in the place of `errors` [n, K, d]."""
-    k = weights.shape[1]
-    after = errors.new_zeros(len(errors), errors.shape[2])
-    for a in reversed(range(0, k, RANKS)):
-        ranks = slice(a, min(a + RANKS, k))
-        w = weights[:, ranks]
-        triangle = torch.triu(w[:, None, :].expand(-1, w.shape[1], -1))
-        errors[:, ranks] = torch.baddbmm(after[:, None].expand(-1, w.shape[1], -1), triangle, errors[:, ranks])
-        after = errors[:, a]
-    return errors
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """<a[n, t], b[n, t]> for all n and t."""
-    return (a * b).sum(-1)
+def _repeated(values: Tensor) -> Tensor:
+    """[n, R, R] whose every row is the token's R values; its triangles, times R rows, are running sums of them."""
+    return values[:, None, :].expand(-1, values.shape[1], -1)
 
 
 def prefix_loss_reference(
