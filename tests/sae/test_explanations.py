@@ -65,6 +65,22 @@ def contexts_by_hand(
     return chosen[:count]
 
 
+def test_entropy_and_multitoken_ratio_are_those_of_all_activations(harvest: Any) -> None:
+    live, sae = harvest(), random_sae()
+    found, _ = explain(sae, live, place="resid.1", contexts=3, before=3, after=2)
+    ids, latents = every_activation(sae, live)
+    for explanation in found:
+        mass = torch.zeros(64, dtype=torch.float64)
+        mass.index_add_(0, ids.flatten(), latents[..., explanation.latent].flatten().double())
+        shares = mass[mass > 0] / mass.sum()
+        assert explanation.token_entropy == pytest.approx(-(shares * shares.log()).sum().item(), abs=1e-5)
+        ratios = [sum(v > 0 for v in c.activations) / len(c.activations) for c in explanation.contexts]
+        assert explanation.multitoken_ratio == pytest.approx(sum(ratios) / len(ratios))
+    entropies = [explanation.token_entropy for explanation in found]
+    assert min(entropies) >= 0
+    assert len(set(entropies)) > 5
+
+
 @pytest.mark.parametrize(("count", "before", "after"), [(4, 3, 2), (1, 0, 0), (100, 1, 0), (8, 40, 40)])
 def test_every_latent_is_explained_as_by_brute_force(harvest: Any, count: int, before: int, after: int) -> None:
     live, sae = harvest(), random_sae()

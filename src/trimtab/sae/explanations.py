@@ -32,6 +32,8 @@ class Context(NamedTuple):
 class LatentExplanation:
     """One latent: how often it fires, where it fires most, and which tokens its decoder direction moves.
 
+    token_entropy: - sum over tokens i of p_i log p_i, in nats, p_i the share of the latent's activations that fall on
+        token i of the vocabulary: 0 for a latent of one token.
     promoted, suppressed: (token, logit) of the decoder row through the model's unembedding, strongest first; empty
     if it has none. contexts: non-overlapping, by falling peak.
     """
@@ -39,9 +41,18 @@ class LatentExplanation:
     latent: int
     density: float
     max_activation: float
+    token_entropy: float
     contexts: list[Context]
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
+
+    @property
+    def multitoken_ratio(self) -> float:
+        """Mean over the contexts of the share of their tokens on which the latent fires."""
+        shares = [
+            sum(value > 0 for value in context.activations) / len(context.activations) for context in self.contexts
+        ]
+        return sum(shares) / len(shares)
 
 
 @torch.no_grad()
@@ -91,6 +102,7 @@ def explain(
                 latent=latent,
                 density=densities[latent].item(),
                 max_activation=float(found.values.max()),
+                token_entropy=_token_entropy(found, firings.input_ids),
                 contexts=_top_contexts(found, firings.input_ids, contexts, before, after),
                 promoted=promoted[i] if promoted else [],
                 suppressed=[(token, -logit) for token, logit in suppressed[i]] if suppressed else [],
@@ -166,6 +178,12 @@ def _collect(sae: TopKSAE, harvest: Harvest, place: str, tokens: int, advance: C
     if not kept:
         raise TrimtabError("the text holds only special tokens and attention sinks: nothing to explain latents by")
     return _Firings(torch.cat(ids), kept, parts)
+
+
+def _token_entropy(found: _LatentFirings, ids: np.ndarray) -> float:
+    shares = np.bincount(ids.ravel()[found.positions], weights=found.values)
+    shares = shares[shares > 0] / shares.sum()
+    return float(-(shares * np.log(shares)).sum()) + 0.0  # no -0
 
 
 def _top_contexts(found: _LatentFirings, ids: np.ndarray, contexts: int, before: int, after: int) -> list[Context]:
