@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
+from trimtab.core.text import TextSource
 from trimtab.sae import (
     BoostedSAE,
     DictionaryConfig,
@@ -25,11 +26,13 @@ from trimtab.sae import (
     kernels,
     train,
 )
+from trimtab.sae.boost_report import BoostReport, boost_report
 from trimtab.sae.boosted import _check_residual
 from trimtab.sae.encodings import DenseEncoding, batch_top
 from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.harvest import Harvest, HarvestConfig
 from trimtab.sae.jumprelu import BatchThreshold
-from trimtab.sae.metrics import ev_curve, reconstruction
+from trimtab.sae.metrics import Evaluation, ev_curve, reconstruction
 
 D, N = 12, 40
 
@@ -486,3 +489,71 @@ def test_what_cannot_be_mixed_is_refused() -> None:
         Mixture(main, main, 1.0)
     with pytest.raises(TrimtabError, match="of the two sources differ"):
         Mixture(main, TensorShards({"y": torch.rand(900, 2)}), 0.5)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def test_a_report_says_what_a_domain_gains_and_general_text_loses(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    def harvest(words: range) -> Harvest:
+        documents = [" ".join(f"w{words[(7 * i + j * j) % len(words)]}" for j in range(9)) for i in range(30)]
+        config = HarvestConfig(context=12, sequences_per_forward=4, sink_norm_ratio=None)
+        return Harvest(tiny_llama, tiny_tokenizer, TextSource(documents), ["resid.1"], config)
+
+    general, domain = harvest(range(30)), harvest(range(25, 60))
+    old = randomised(TopKSAE(TopKSAEConfig(d_in=32, n_latents=40, k=4)))
+    new = randomised(JumpReLUSAE(JumpReLUSAEConfig(d_in=32, n_latents=6, apply_b_dec_to_input=False)), 5)
+    off = randomised(JumpReLUSAE(JumpReLUSAEConfig(d_in=32, n_latents=5, apply_b_dec_to_input=False)), 6)
+    with torch.no_grad():
+        for weight in (old.encoder, old.decoder, old.decoder_bias, new.decoder):
+            weight.mul_(0.02)
+        new.threshold.zero_()
+        new.decoder_bias.zero_()
+        off.decoder_bias.zero_()
+        new.decoder[0] = 3 * old.decoder[7]
+    boosted = BoostedSAE(old, {"one": new, "two": off})
+    boosted.disable("two")
+    report = boost_report(boosted, general=general, domain=domain, place="resid.1", tokens=200, ce_tokens=50)
+    assert report.boosted_general.ce_clean == report.base_general.ce_clean
+    states = torch.cat([f.activations["resid.1"][f.keep] for f in general.forwards(sequences=17)])
+    fires = new.encode(states) > 0
+    assert report.new_l0[0] == pytest.approx(fires.double().sum(1).mean().item(), abs=1e-4)
+    assert report.firing_on_general == pytest.approx(fires.any(0).double().mean().item())
+    assert report.largest_cosine.shape == (6,)
+    assert report.largest_cosine[0] == pytest.approx(1.0, abs=1e-5)
+    assert report.largest_cosine[1:].max() < 0.99
+    summary = report.summary()
+    difference = report.boosted_domain.explained_variance - report.base_domain.explained_variance
+    if report.base_domain.explained_variance > 0:
+        assert summary["gain"] == pytest.approx(difference / report.base_domain.explained_variance)
+    else:
+        assert math.isnan(summary["gain"])
+    boosted.disable("one")
+    with pytest.raises(TrimtabError, match="are all off"):
+        boost_report(boosted, general=general, domain=domain, place="resid.1")
+    assert any("new latents fire" in warning for warning in report.warnings) == (report.new_l0[0] > 0.5)
+
+
+def test_a_report_warns_of_forgetting_and_of_nothing_else() -> None:
+    def evaluation(value: float) -> Evaluation:
+        names = [name for name in Evaluation.__dataclass_fields__ if name != "densities"]
+        fields: dict[str, Any] = dict.fromkeys(names, 0.5) | {"tokens": 1, "ce_tokens": 1, "explained_variance": value}
+        return Evaluation(**fields, densities=torch.zeros(3))
+
+    def report(general: float, l0: float) -> BoostReport:
+        return BoostReport(
+            base_general=evaluation(0.8),
+            base_domain=evaluation(0.5),
+            boosted_general=evaluation(general),
+            boosted_domain=evaluation(0.75),
+            new_l0=(l0, 2.0),
+            firing_on_general=0.1,
+            largest_cosine=torch.tensor([0.3]),
+        )
+
+    assert report(0.799, 0.1).warnings == []
+    assert report(0.799, 0.1).gain == pytest.approx(0.5)
+    (forgetting,) = report(0.7, 0.1).warnings
+    assert "-12.5%" in forgetting
+    (busy,) = report(0.81, 0.7).warnings
+    assert "0.70 new latents" in busy
