@@ -163,16 +163,18 @@ class Learner:
             self.gradients.decoder_bias.zero_()  # a residual dictionary has none
         active = self._active(output.latents)
         losses = torch.stack([output.loss, output.aux_loss])
-        smallest = output.latents.values.where(output.latents.values > 0, torch.inf).min()
         if accelerator.num_processes > 1:
             for gradient in self.gradients:
                 torch.distributed.all_reduce(gradient)
                 gradient.div_(accelerator.num_processes)
-            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
             active = accelerator.reduce(active, "sum")
             losses = accelerator.reduce(losses, "mean")
         self._update(learning_rate, losses, step)
-        self.threshold.update(smallest.item())
+        if self.config.batch_topk:
+            smallest = output.latents.values.where(output.latents.values > 0, torch.inf).min()
+            if accelerator.num_processes > 1:
+                torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+            self.threshold.update(smallest.item())
         tokens = len(source) * accelerator.num_processes
         self.silent_tokens.add_(tokens).masked_fill_(active > 0, 0)
         self.fired.add_(active)

@@ -28,6 +28,7 @@ tensor of tokens x K x d is held, and the gradient is found in the same pass as 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -115,12 +116,15 @@ class _Reconstruction:
 RECONSTRUCTION = _Reconstruction()
 
 
-class _ByValue:
-    """An objective on prefixes in order of falling value."""
+class _Prefixes(ABC):
+    """An objective on prefixes of a token's latents, in an order of its own."""
 
-    def _weights(self, k: int) -> Tensor:
-        """w_0 … w_k for `k` selected latents."""
-        raise NotImplementedError
+    def selected(self, k: int) -> int:
+        return k
+
+    @abstractmethod
+    def ordered(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        """The order of each token's latents [tokens, k], and the prefixes' weights w_0 … w_k."""
 
     def loss_and_gradients(
         self,
@@ -131,78 +135,50 @@ class _ByValue:
         variance: float,
         d_decoder: Tensor,
     ) -> ObjectiveGradients:
-        values, order = latents.values.sort(dim=-1, descending=True, stable=True)
-        indices = latents.indices.gather(-1, order)
-        weights = self._weights(values.shape[1]).to(values)
-        return _in_order(values, indices, order, decoder, decoder_bias, target, weights, variance, d_decoder)
+        order, weights = self.ordered(latents)
+        values, indices = (tensor.gather(-1, order) for tensor in latents)
+        weights = weights.to(values) * (target.shape[1] / variance)
+        found = prefix_loss_and_gradients(
+            values, indices, decoder, decoder_bias, target, weights, d_decoder=d_decoder.zero_()
+        )
+        d_values = torch.empty_like(values).scatter_(-1, order, found.d_values)
+        return ObjectiveGradients(found.loss, d_values, found.d_reconstruction, target - found.reconstruction)
 
 
 @dataclass(frozen=True)
-class Hierarchical(_ByValue):
+class Hierarchical(_Prefixes):
     """HierarchicalTopK: prefixes `budgets` (None: every one up to k) with `weights` (None: equal ones)."""
 
     budgets: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
 
-    def selected(self, k: int) -> int:
-        return k
-
-    def _weights(self, k: int) -> Tensor:
-        return hierarchical_weights(k, self.budgets, self.weights)
+    def ordered(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        return _by_value(latents), hierarchical_weights(latents.values.shape[1], self.budgets, self.weights)
 
 
-class MultiTopK(_ByValue):
+class MultiTopK(_Prefixes):
     """Multi-TopK: L(k) + L(4k) / 8; AuxK's residual is that of 4k latents."""
 
     def selected(self, k: int) -> int:
         return 4 * k
 
-    def _weights(self, k: int) -> Tensor:
-        return multi_topk_weights(k // 4)
+    def ordered(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        return _by_value(latents), multi_topk_weights(latents.values.shape[1] // 4)
 
 
 @dataclass(frozen=True)
-class Matryoshka:
+class Matryoshka(_Prefixes):
     """Prefixes of the dictionary of lengths `cuts`, with equal weights."""
 
     cuts: tuple[int, ...]
 
-    def selected(self, k: int) -> int:
-        return k
-
-    def loss_and_gradients(
-        self,
-        latents: Latents,
-        decoder: Tensor,
-        decoder_bias: Tensor,
-        target: Tensor,
-        variance: float,
-        d_decoder: Tensor,
-    ) -> ObjectiveGradients:
+    def ordered(self, latents: Latents) -> tuple[Tensor, Tensor]:
         indices, order = latents.indices.sort(dim=-1, stable=True)
-        values = latents.values.gather(-1, order)
-        weights = matryoshka_weights(indices, self.cuts).to(values)
-        return _in_order(values, indices, order, decoder, decoder_bias, target, weights, variance, d_decoder)
+        return order, matryoshka_weights(indices, self.cuts)
 
 
-def _in_order(
-    values: Tensor,
-    indices: Tensor,
-    order: Tensor,
-    decoder: Tensor,
-    decoder_bias: Tensor,
-    target: Tensor,
-    weights: Tensor,
-    variance: float,
-    d_decoder: Tensor,
-) -> ObjectiveGradients:
-    """The prefix loss of latents that were put in `order`, in units of `variance`."""
-    weights = weights * (target.shape[1] / variance)
-    found = prefix_loss_and_gradients(
-        values, indices, decoder, decoder_bias, target, weights, d_decoder=d_decoder.zero_()
-    )
-    d_values = torch.empty_like(values).scatter_(-1, order, found.d_values)
-    return ObjectiveGradients(found.loss, d_values, found.d_reconstruction, target - found.reconstruction)
+def _by_value(latents: Latents) -> Tensor:
+    return latents.values.argsort(dim=-1, descending=True, stable=True)
 
 
 # -- on tensors ------------------------------------------------------------------------------------
@@ -211,7 +187,7 @@ RANKS = 8
 """Ranks of one block."""
 
 BLOCK_ELEMENTS = 1 << 21
-"""Entries of the decoder rows that are gathered at once: 8 MiB in float32. Errors and suffix sums take as much each."""
+"""Entries of the decoder rows that are gathered at once: 8 MiB in float32. Their errors take as much again."""
 
 
 def hierarchical_topk_loss(
