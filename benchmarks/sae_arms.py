@@ -149,15 +149,12 @@ Train = Callable[["Tensor", Iterator["Tensor"], Setting], Trained]
 
 
 def _trimtab(precision: Literal["float32", "screened"]) -> Train:
-    from accelerate import Accelerator
-
     import trimtab
     from trimtab.core.schedules import warmup_cosine
     from trimtab.sae.config import DictionaryConfig, TrainingConfig
     from trimtab.sae.learner import Learner
 
     place, floor = "resid.9", 1e-6
-    accelerator = Accelerator(cpu=True)
 
     def train(rows: Tensor, batches: Iterator[Tensor], setting: Setting) -> Trained:
         dictionary = DictionaryConfig(place=place, n_latents=setting.n_latents, k=setting.k, seed=setting.seed)
@@ -169,11 +166,11 @@ def _trimtab(precision: Literal["float32", "screened"]) -> Train:
             dead_after=setting.dead_after * setting.batch_size,
             precision=precision,
         )
-        learner = Learner.begin(dictionary, training, {place: rows[:16_384]}, accelerator.device)
+        learner = Learner.begin(dictionary, training, {place: rows[:16_384]}, rows.device)
         with suppress(Finished):
             for step, batch in enumerate(batches):
                 share = warmup_cosine(step, setting.steps, training.warmup, floor / setting.learning_rate)
-                learner.step({place: batch}, accelerator, setting.learning_rate * share, step)
+                learner.step({place: batch}, setting.learning_rate * share, step)
         return Trained(learner.finished({}), learner.losses["dead_fraction"], trimtab.__version__)
 
     return train

@@ -1,8 +1,10 @@
-"""Training on two processes equals training on one with the same global batches."""
+"""Training on two processes equals training on one with the same global batches, whichever way they share it."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trimtab.core import checkpoint
+from trimtab.core.errors import TrimtabError
 from trimtab.sae import DictionaryConfig, TensorShards, TrainingConfig, train
 from trimtab.sae import trainer as trainer_module
 from trimtab.sae.shuffle import ShuffledActivations
@@ -23,20 +27,30 @@ pytestmark = pytest.mark.distributed
 PROGRAM = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_two_processes import DICTIONARIES, rows, settings
+from test_two_processes import dictionaries, rows, settings
 from trimtab.sae import TensorShards, train
 torch.set_num_threads(1)
-train(DICTIONARIES, TensorShards(rows(), shard_rows=100), settings(), sys.argv[1])
+out, shards, base = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+train(dictionaries(base), TensorShards(rows(), shard_rows=100), settings(shards=shards), out)
 assert dist.is_initialized() and dist.get_world_size() == 2, "one process ran alone"
 sys.stdout.write(f"world size {{dist.get_world_size()}}\\n")  # in one piece: both write to one pipe
 dist.destroy_process_group()
 """
 
-DICTIONARIES = [
-    DictionaryConfig(place="x", n_latents=48, k=4),
-    DictionaryConfig(place="x", target="y", n_latents=32, k=4),
-    DictionaryConfig(place="x", n_latents=48, k=4, kron=(2, 4), objective="hierarchical"),
-]
+
+def dictionaries(base: Path | str) -> list[DictionaryConfig]:
+    return [
+        DictionaryConfig(place="x", n_latents=48, k=4),
+        DictionaryConfig(place="x", target="y", n_latents=32, k=4),
+        DictionaryConfig(place="x", n_latents=48, k=4, kron=(2, 4), objective="hierarchical"),
+        DictionaryConfig(place="x", n_latents=48, k=6, objective="hierarchical", budgets=(1, 2, 6)),
+        DictionaryConfig(place="x", n_latents=48, k=4, objective="multi_topk"),
+        DictionaryConfig(place="x", n_latents=48, k=4, sparsifier="batch_topk"),
+        DictionaryConfig(
+            place="x", n_latents=40, k=4, sparsifier="batch_topk", objective="matryoshka", budgets=(10, 25, 40)
+        ),
+        DictionaryConfig(place="x", n_latents=16, k=2, base=str(base)),
+    ]
 
 
 def rows() -> dict[str, Tensor]:
@@ -45,8 +59,20 @@ def rows() -> dict[str, Tensor]:
     return {"x": x, "y": x @ torch.randn(16, 9, generator=generator)}
 
 
-def settings() -> TrainingConfig:
-    return TrainingConfig(tokens=1600, batch_size=40, learning_rate=4e-3, alpha=0.0, checkpoint_every=10)
+def settings(**options: Any) -> TrainingConfig:
+    """AuxK is in play: latents count as dead after three batches without firing."""
+    return TrainingConfig(
+        tokens=1600, batch_size=40, learning_rate=4e-3, dead_after=120, checkpoint_every=10, log_every=1, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dictionary for others to add to."""
+    directory = tmp_path_factory.mktemp("base")
+    short = TrainingConfig(tokens=400, batch_size=40, learning_rate=4e-3)
+    train([DictionaryConfig(place="x", n_latents=24, k=3)], TensorShards(rows()), short, directory)
+    return directory / "x"
 
 
 class _BothRanks:
@@ -71,22 +97,12 @@ class _BothRanks:
         return {}
 
 
-def torchrun(out: Path) -> str:
-    program = PROGRAM.format(tests=str(Path(__file__).parent))
+def torchrun(out: Path, base: Path, shards: int = 1) -> str:
     script = out.parent / f"{out.name}.py"
-    script.write_text(program)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-        str(out),
-    ]
+    script.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        command,
+        [*run, str(script), str(out), str(shards), str(base)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -96,26 +112,88 @@ def torchrun(out: Path) -> str:
     return done.stdout
 
 
-def test_two_processes_equal_one_with_the_same_global_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torchrun(tmp_path / "two").count("world size 2") == 2
+def without_the_last_checkpoint(run: Path, copy: Path) -> Path:
+    """A copy of a run that was stopped after three quarters of it."""
+    shutil.copytree(run / "checkpoints", copy / "checkpoints")
+    shutil.rmtree(sorted((copy / "checkpoints").iterdir())[-1])
+    return copy
+
+
+def assert_equal_runs(found: Path, wanted: Path, **tolerance: float) -> None:
+    """Loss curves and weights of every dictionary."""
+    curves, expected = (json.loads((run / "history.json").read_text()) for run in (found, wanted))
+    assert len(curves) == len(expected) == 40
+    names = list(expected[0]["dictionaries"])
+    assert len(names) == 8
+    for mine, theirs in zip(curves, expected, strict=True):
+        for name in names:
+            for key in ("loss", "aux_loss", "l0", "dead_fraction"):
+                other = theirs["dictionaries"][name][key]
+                assert mine["dictionaries"][name][key] == pytest.approx(other, rel=2e-3, abs=1e-3), (name, key)
+    for name in names:
+        wanted_weights = load_file(wanted / name / "sae_weights.safetensors")
+        found_weights = load_file(found / name / "sae_weights.safetensors")
+        for key, value in wanted_weights.items():
+            torch.testing.assert_close(found_weights[key], value, **tolerance, msg=f"{name} {key}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[int, Path]:
+    """The run of two processes, by the number of shards: gradients averaged, and each dictionary in two parts."""
+    out = tmp_path_factory.mktemp("two")
+    for shards in (1, 2):
+        assert torchrun(out / f"shards-{shards}", base, shards).count("world size 2") == 2
+    return {shards: out / f"shards-{shards}" for shards in (1, 2)}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_processes_equal_one_with_the_same_global_batches(
+    tmp_path: Path, two: dict[int, Path], base: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer_module, "ShuffledActivations", _BothRanks)
-    one = train(DICTIONARIES, TensorShards(rows(), shard_rows=100), settings(), tmp_path / "one")
-    for name in one:
-        found = load_file(tmp_path / "two" / name / "sae_weights.safetensors")
-        wanted = load_file(tmp_path / "one" / name / "sae_weights.safetensors")
-        for key, value in wanted.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+    train(dictionaries(base), TensorShards(rows(), shard_rows=100), settings(), tmp_path)
+    curve = json.loads((tmp_path / "history.json").read_text())
+    assert any(entry["dictionaries"]["x-n48-k4-s0"]["aux_loss"] > 0 for entry in curve), "AuxK never acted"
+    assert_equal_runs(two[shards], tmp_path, rtol=1e-3, atol=1e-3)
 
 
-def test_two_processes_resume_with_equal_weights(tmp_path: Path) -> None:
-    torchrun(tmp_path / "whole")
-    torchrun(tmp_path / "again")
-    checkpoints = tmp_path / "again" / "checkpoints"
-    newest = sorted(checkpoints.iterdir())[-1]
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
-    torchrun(tmp_path / "again")
-    for key, value in load_file(tmp_path / "whole" / "x-n48-k4-s0" / "sae_weights.safetensors").items():
-        found = load_file(tmp_path / "again" / "x-n48-k4-s0" / "sae_weights.safetensors")[key]
-        torch.testing.assert_close(found, value, rtol=0, atol=0)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_processes_resume_with_equal_weights(tmp_path: Path, two: dict[int, Path], base: Path, shards: int) -> None:
+    again = without_the_last_checkpoint(two[shards], tmp_path / "again")
+    torchrun(again, base, shards)
+    assert_equal_runs(again, two[shards], rtol=0, atol=0)
+
+
+def test_a_run_goes_on_in_another_layout(tmp_path: Path, two: dict[int, Path], base: Path) -> None:
+    again = without_the_last_checkpoint(two[1], tmp_path / "again")
+    torchrun(again, base, 2)
+    assert_equal_runs(again, two[1], rtol=1e-3, atol=1e-3)
+
+
+def test_one_process_goes_on_with_a_run_of_two(
+    tmp_path: Path, two: dict[int, Path], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the weights of the two, with shards of activations that neither of them has touched."""
+    again = without_the_last_checkpoint(two[2], tmp_path / "again")
+    asked: list[int] = []
+
+    class Watched(TensorShards):
+        def shard(self, index: int) -> dict[str, Tensor]:
+            asked.append(index)
+            return super().shard(index)
+
+    state = checkpoint.load(again / "checkpoints").tree
+    touched = 2 * (max(position["round"] for position in state["activations"]) + 1)
+    train(dictionaries(base), Watched(rows(), shard_rows=100), settings(), again)
+    assert min(asked) == touched
+    curve = json.loads((again / "history.json").read_text())
+    before = json.loads((two[2] / "history.json").read_text())
+    assert curve[:30] == before[:30]
+    for name in before[0]["dictionaries"]:
+        late = [sum(entry["dictionaries"][name]["loss"] for entry in run[30:]) for run in (curve, before)]
+        assert late[0] == pytest.approx(late[1], rel=0.1), "other rows, the same dictionary"
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrimtabError, match="shards=2 does not divide the 1 processes"):
+        train([DictionaryConfig(place="x", n_latents=48, k=4)], TensorShards(rows()), settings(shards=2), tmp_path)

@@ -28,11 +28,12 @@ from trimtab.sae import (
 )
 from trimtab.sae.boost_report import BoostReport, boost_report
 from trimtab.sae.boosted import _check_residual
-from trimtab.sae.encodings import DenseEncoding, batch_top
+from trimtab.sae.encodings import DenseEncoding
 from trimtab.sae.functional import Weights, loss_and_gradients
 from trimtab.sae.harvest import Harvest, HarvestConfig
 from trimtab.sae.jumprelu import BatchThreshold
 from trimtab.sae.metrics import Evaluation, ev_curve, reconstruction
+from trimtab.sae.selection import batch_top
 
 D, N = 12, 40
 

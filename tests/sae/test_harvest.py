@@ -397,6 +397,41 @@ def test_processes_take_shards_of_their_own() -> None:
     assert set(range(60)) <= served[0] | served[1] | served[2]
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    worlds=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
+)
+def test_another_number_of_processes_goes_on_and_serves_no_row_again(
+    sizes: list[int], worlds: tuple[int, int, int]
+) -> None:
+    states: list[dict[str, Any]] = []
+    seen: list[int] = []
+    for world in worlds:
+        ranks = [ShuffledActivations(Numbered(sizes), batch_size=3, rank=r, world=world) for r in range(world)]
+        for rank in ranks:
+            if states:
+                rank.go_on_after(states)
+        served = [rows(rank, 4) for rank in ranks]
+        states = [json.loads(json.dumps(rank.state_dict())) for rank in ranks]
+        seen += [row for batches in served for batch in batches for row in batch]
+        again = ShuffledActivations(Numbered(sizes), batch_size=3, rank=0, world=world)
+        again.load_state_dict(states[0])
+        assert rows(again, 2) == rows(ranks[0], 2), "the new layout is resumed like any other"
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_text_goes_on_after_another_number_of_processes(make: Any) -> None:
+    two = [ShuffledActivations(make("resid.1"), batch_size=4, rank=rank, world=2) for rank in (0, 1)]
+    for batches in two:
+        next(batches)
+    one = ShuffledActivations(make("resid.1"), batch_size=4)
+    one.go_on_after([batches.state_dict() for batches in two])
+    rest = make("resid.1").shard(2)["resid.1"]
+    found = next(one)["resid.1"]
+    assert (found[:, None] == rest).all(-1).any(1).all()
+
+
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_holds_a_row(batch_size: int) -> None:
     with pytest.raises(TrimtabError, match=f"batch_size={batch_size} must be at least 1"):

@@ -151,7 +151,7 @@ def test_aux_k_revives_dead_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         """Every other latent answers a hundredth as strongly as it should, so that it is never among the k largest."""
         learner: Learner = begin(*arguments)  # type: ignore[arg-type]
         with torch.no_grad():
-            learner.sae.encoder[::2] *= 0.01
+            learner.weights.encoder[::2] *= 0.01
         return learner
 
     monkeypatch.setattr(Learner, "begin", half_asleep)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trimtab.core.errors import TrimtabError, unknown
-from trimtab.sae.functional import Sparsifier
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import (
     RECONSTRUCTION,
@@ -17,6 +16,7 @@ from trimtab.sae.objectives import (
     Objective,
     hierarchical_weights,
 )
+from trimtab.sae.selection import Sparsifier
 
 __all__ = ["DictionaryConfig", "ObjectiveName", "TrainingConfig"]
 
@@ -164,6 +164,7 @@ class TrainingConfig:
         unit_norm_decoder: keep decoder rows at norm 1, and take the parallel part out of their gradient
         grad_clip: largest norm of a dictionary's gradient; None for no clipping
         precision: of the encoder's product: float32, screened (bfloat16 proposes, float32 decides) or bfloat16
+        shards: processes that hold each dictionary together, each a part of its latents; a divisor of their number
         seed: of the order of activations
         checkpoint_every: steps between checkpoints
         keep_last: checkpoints that stay
@@ -184,6 +185,7 @@ class TrainingConfig:
     unit_norm_decoder: bool = True
     grad_clip: float | None = 1.0
     precision: Precision = "float32"
+    shards: int = 1
     seed: int = 0
     checkpoint_every: int = 500
     keep_last: int = 2
@@ -191,7 +193,8 @@ class TrainingConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "k_aux", "dead_after", "checkpoint_every", "keep_last", "log_every"):
+        counts = ("tokens", "batch_size", "k_aux", "dead_after", "shards", "checkpoint_every", "keep_last", "log_every")
+        for name in counts:
             value = getattr(self, name)
             if name in ("k_aux", "dead_after") and value is None:
                 continue

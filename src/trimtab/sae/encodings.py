@@ -10,17 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.sae import kernels
 from trimtab.sae.kernels import Precision
 
-__all__ = ["DenseEncoding", "Encoding", "Latents", "Pullback", "batch_top", "blocks"]
-
-CANDIDATES = 4
-"""How many times k latents of a token are looked at first."""
+__all__ = ["DenseEncoding", "Encoding", "Latents", "Pullback", "blocks"]
 
 
 class Latents(NamedTuple):
@@ -38,6 +34,13 @@ Pullback = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Encoding(Protocol):
     """What the latents are in terms of the pre-activations."""
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of equally many encoder rows, in each of which the rows come in the order of the latents."""
+
+    def part(self, parts: int) -> Encoding:
+        """That of one of `parts` equal runs of latents, with its share of each block's rows."""
+
     def top(
         self,
         x: Tensor,
@@ -53,6 +56,13 @@ class Encoding(Protocol):
 
 class DenseEncoding:
     """Every row of the encoder is a latent: f = relu(TopK(x E^T + b))."""
+
+    @property
+    def blocks(self) -> int:
+        return 1
+
+    def part(self, parts: int) -> DenseEncoding:
+        return self
 
     def top(
         self,
@@ -80,38 +90,3 @@ def blocks(tokens: int, width: int) -> Iterator[slice]:
     """Blocks of tokens in which `width` entries for each stay below what is held at once."""
     step = max(1, kernels.BLOCK_ELEMENTS // width)
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
-
-
-def batch_top(
-    encoding: Encoding,
-    x: Float[Tensor, "tokens d"],
-    encoder: Float[Tensor, "rows d"],
-    bias: Float[Tensor, " rows"],
-    k: int,
-    n_latents: int,
-    *,
-    precision: Precision = "float32",
-) -> tuple[Latents, Pullback]:
-    """The int(k tokens) largest positive latents of the batch; a token's slots are as many as the fullest one uses.
-
-    Exact: a token's candidates are its largest latents, and if the last of them still makes the cut somewhere, twice as
-    many are looked at.
-    """
-    tokens, count = len(x), k * len(x)
-    width = min(CANDIDATES * k, n_latents)
-    while True:
-        latents, pullback = encoding.top(x, encoder, bias, width, precision=precision)
-        flat = latents.values.flatten()
-        best = flat.topk(min(count, len(flat)), sorted=False)
-        cut = best.values.min() if len(flat) > count else flat.new_zeros(())
-        if width == n_latents or not (latents.values.amin(-1) > cut).any():
-            break
-        width = min(2 * width, n_latents)
-    kept = torch.zeros_like(flat).scatter_(0, best.indices, 1.0).view(tokens, width) * (latents.values > 0)
-    order = kept.argsort(dim=-1, descending=True, stable=True)[:, : max(int(kept.sum(-1).max()), 1)]
-
-    def narrow(d_values: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.zeros_like(latents.values).scatter_(-1, order, d_values) * kept
-        return pullback(wide)
-
-    return Latents((latents.values * kept).gather(-1, order), latents.indices.gather(-1, order)), narrow

@@ -28,7 +28,7 @@ Both terms are in units of a variance, so alpha keeps its meaning whatever the a
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,13 +36,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.sae import kernels
-from trimtab.sae.encodings import DenseEncoding, Encoding, Latents, batch_top
+from trimtab.sae.encodings import DenseEncoding, Encoding, Latents
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import RECONSTRUCTION, Objective
+from trimtab.sae.parallel import ALONE, Processes
+from trimtab.sae.selection import Sparsifier, batch_top, top
 
 __all__ = [
     "Latents",
-    "Sparsifier",
     "StepOutput",
     "Weights",
     "aux_k_loss",
@@ -64,8 +65,6 @@ class Weights(NamedTuple):
 
 
 DENSE = DenseEncoding()
-
-Sparsifier = Literal["topk", "batch_topk"]
 
 
 def encode_dense(
@@ -199,38 +198,51 @@ def loss_and_gradients(
     alpha: float = 0.0,
     aux_tokens: int | None = None,
     precision: Precision = "float32",
+    processes: Processes = ALONE,
 ) -> StepOutput:
     """L_main, L_aux and every gradient of L, in closed form and without a [tokens, n_latents] tensor.
 
     objective: what L_main is; that of the module's docstring by default, others with |e|^2 summed over prefixes.
     sparsifier: "topk" selects k latents of each token, "batch_topk" k tokens' worth of the whole batch.
     dead: the indices of the latents that AuxK may use; None or empty for no AuxK.
-    aux_tokens: L_aux is that of the first so many tokens; None for all. Where tokens come in random order it is an
-        unbiased estimate, at that share of the cost.
+    aux_tokens: L_aux is that of so many tokens, evenly spaced; None for all. Where tokens come in random order it is
+        an unbiased estimate, at that share of the cost.
     gradients: overwritten, not accumulated, with dL/d(parameter). Float32 or float64.
+    processes: those that share the work: `weights`, `gradients` and `dead` are then of this process's latents (all
+        of the decoder's bias), and `latents` of the output too; gradients are of the loss on this group's tokens, to be
+        averaged over the groups.
     """
     encoder, encoder_bias, decoder, decoder_bias = weights
     centred = x - decoder_bias if subtract_bias else x
     k = objective.selected(k)
-    if sparsifier == "topk":
-        latents, pullback = encoding.top(centred, encoder, encoder_bias, k, precision=precision)
-    else:
-        latents, pullback = batch_top(
-            encoding, centred, encoder, encoder_bias, k, decoder.shape[0], precision=precision
-        )
-    found = objective.loss_and_gradients(latents, decoder, decoder_bias, target, variance, gradients.decoder)
+    select = top if sparsifier == "topk" else batch_top
+    latents, pullback = select(
+        encoding, centred, encoder, encoder_bias, k, decoder.shape[0], precision=precision, processes=processes
+    )
+    found = objective.loss_and_gradients(
+        latents, decoder, decoder_bias, target, variance, gradients.decoder, k=k, processes=processes
+    )
     d_pre, rows = pullback(found.d_values)
     kernels.add_outer(d_pre, rows, centred, gradients.encoder)
     gradients.encoder_bias.copy_(_sum_by_index(d_pre, rows, encoder.shape[0]))
 
     residual, aux_loss = found.residual, found.loss.new_zeros(())
-    if dead is not None and len(dead) and alpha:
-        k_aux = min(k_aux, len(dead))
-        few = slice(aux_tokens)
-        aux_loss = _add_aux_gradients(centred[few], weights, residual[few], encoding, dead, k_aux, alpha, gradients)
+    if dead is not None and alpha:
+        n_dead = (
+            len(dead)
+            if processes.shards == 1
+            else int(processes.sum_of_shards(torch.tensor(len(dead), device=x.device)))
+        )
+        if n_dead:
+            few: slice | Tensor = slice(None)
+            if aux_tokens is not None and aux_tokens < len(x):
+                few = torch.arange(aux_tokens, device=x.device) * len(x) // aux_tokens
+            aux_loss = _add_aux_gradients(
+                centred[few], weights, residual[few], encoding, dead, min(k_aux, n_dead), alpha, gradients, processes
+            )
     torch.sum(found.d_reconstruction, 0, out=gradients.decoder_bias)
     if subtract_bias:
-        gradients.decoder_bias.sub_(gradients.encoder_bias @ encoder)
+        gradients.decoder_bias.sub_(processes.sum_of_shards(gradients.encoder_bias @ encoder))
     return StepOutput(found.loss, aux_loss, latents, residual)
 
 
@@ -243,14 +255,18 @@ def _add_aux_gradients(
     k_aux: int,
     alpha: float,
     gradients: Weights,
+    processes: Processes,
 ) -> Tensor:
     """L_aux; its gradients are added to those of encoder, encoder bias and decoder."""
-    variance = (residual - residual.mean(0)).square().sum(-1).mean()
+    mean = processes.mean_of_groups(residual.mean(0))
+    variance = processes.mean_of_groups((residual - mean).square().sum(-1).mean())
     if not variance > 0:
         return residual.new_zeros(())
     encoder, encoder_bias, decoder, _ = weights
-    (values, indices), pullback = encoding.top(centred, encoder, encoder_bias, k_aux, among=dead)
-    difference = kernels.mix_rows(values, indices, decoder) - residual
+    (values, indices), pullback = top(
+        encoding, centred, encoder, encoder_bias, k_aux, decoder.shape[0], among=dead, processes=processes
+    )
+    difference = processes.sum_of_shards(kernels.mix_rows(values, indices, decoder)) - residual
     d_estimate = difference * (2.0 * alpha / (len(centred) * variance))
     d_pre, rows = pullback(kernels.row_products(d_estimate, decoder, indices))
     kernels.add_outer(values, indices, d_estimate, gradients.decoder, accumulate=True)

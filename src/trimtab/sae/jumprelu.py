@@ -9,7 +9,7 @@ Symbols: a [tokens, n_latents] the pre-activations, k the latents that a token u
                 after t batches it is divided by 1 - (1 - rate)^t
     inference   f = a where a > theta and a > 0, else 0: independent of what else is in the batch
 
-A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.encodings.batch_top` selects in training.
+A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.selection.batch_top` selects in training.
 """
 
 from __future__ import annotations

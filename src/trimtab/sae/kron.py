@@ -98,6 +98,15 @@ class KronEncoding:
         """Rows of the encoder's matrix."""
         return self.h * (self.m + self.n)
 
+    @property
+    def blocks(self) -> int:
+        """Components of a head, for each of which the encoder has a row of every head."""
+        return self.m + self.n
+
+    def part(self, parts: int) -> KronEncoding:
+        """The encoding of h / `parts` heads."""
+        return replace(self, h=self.h // parts) if parts > 1 else self
+
     def rows_of(self, indices: Int[Tensor, "*any"]) -> tuple[Int[Tensor, "*any"], Int[Tensor, "*any"]]:
         """The encoder rows of each latent: of its base and of its extension pre-latent."""
         head = indices.div(self.m * self.n, rounding_mode="floor")

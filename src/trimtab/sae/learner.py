@@ -14,17 +14,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from trimtab.core.activations import tl_hook_name
 from trimtab.core.errors import TrimtabError
+from trimtab.sae import kernels
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
-from trimtab.sae.encodings import Latents
-from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.functional import StepOutput, Weights, loss_and_gradients
 from trimtab.sae.jumprelu import BatchThreshold, JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
+from trimtab.sae.parallel import ALONE, Processes
+from trimtab.sae.selection import largest, top
 
 __all__ = ["Learner", "open_base"]
 
@@ -37,7 +38,10 @@ runs explain more."""
 
 
 class Learner:
-    """One dictionary in training: weights in scaled units, their gradients and optimiser, and who fires."""
+    """One dictionary in training: weights in scaled units, their gradients and optimiser, and who fires.
+
+    Where `processes` hold the dictionary together, `weights` and what goes with them are of this process's latents.
+    """
 
     def __init__(
         self,
@@ -45,61 +49,83 @@ class Learner:
         training: TrainingConfig,
         widths: tuple[int, int],
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config, self.training = config, training
+        self.config, self.training, self.processes, self.device = config, training, processes, device
         self.input_scale = self.output_scale = 1.0
         self.input_mean = torch.zeros(widths[0], device=device)
-        self.sae = _fresh(config, training, widths).to(device)
+        self.shape = _shape(config, training, widths)
+        heads = config.n_latents // math.prod(config.kron or (1,))
+        if heads % processes.shards:
+            what = "latents" if config.kron is None else "heads"
+            raise TrimtabError(f"shards={processes.shards} does not divide {heads} {what} of place {config.place!r}")
+        self.encoding = self.shape.encoding.part(processes.shards)
         self.objective = config.training_objective
         self.threshold = BatchThreshold()
         self.base = None if config.base is None else open_base(config).to(device)
         self.k_aux = training.k_aux or 2 ** round(math.log2(max(widths[1] / 2, 1)))
-        self.weights = self.sae.weights
+        n_latents = config.n_latents // processes.shards
+        rows = self.shape.rows // processes.shards
+        shapes = ((rows, widths[0]), (rows,), (n_latents, widths[1]), (widths[1],))
+        self.weights = Weights(*(torch.zeros(shape, device=device) for shape in shapes))
         self.gradients = Weights(*(torch.zeros_like(weight) for weight in self.weights))
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
         self.optimizer = torch.optim.AdamW(self.weights, lr=0.0, weight_decay=0.0, fused=True)
-        self.silent_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=device)
+        self.silent_tokens = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.fired = torch.zeros_like(self.silent_tokens)
         self.losses: dict[str, float] = {}
 
     @classmethod
     def begin(
-        cls, config: DictionaryConfig, training: TrainingConfig, rows: Mapping[str, Tensor], device: torch.device
+        cls,
+        config: DictionaryConfig,
+        training: TrainingConfig,
+        rows: Mapping[str, Tensor],
+        device: torch.device,
+        processes: Processes = ALONE,
     ) -> Learner:
         """A fresh dictionary whose scales and biases fit `rows`, and whose first reconstructions are small."""
-        self = cls(config, training, (rows[config.place].shape[1], rows[config.output].shape[1]), device)
+        self = cls(config, training, (rows[config.place].shape[1], rows[config.output].shape[1]), device, processes)
         source, target = self._pair({place: rows[place].to(device) for place in config.places})
         self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
         if config.start is not None:
-            self._start_from(config.start, source)
+            self._take(self._started_from(config.start, source))
             return self
         source, target = source / self.input_scale, target / self.output_scale
-        sae = self.sae
+        sae = _class_of(self.shape)(self.shape, seed=config.seed)
         with torch.no_grad():
             if self.base is None:
                 sae.decoder_bias.copy_(target.mean(0))
-            if not sae.config.apply_b_dec_to_input:
+            if not self.shape.apply_b_dec_to_input:
                 self.input_mean.copy_(source.mean(0))
-            found = (sae(source[:1024] - self.input_mean) - sae.decoder_bias).norm()
+            self._take(sae)
+            found = self._mixed(source[:1024]).norm()
             if found > 0:
-                shape = sae.config
-                wanted = INITIAL_SHARE * (target[:1024] - sae.decoder_bias).norm()
-                sae.scale_latents((wanted / found).item())
-                sae.config = shape  # a KronSAE's eps is of training, whatever the first scale
+                wanted = INITIAL_SHARE * (target[:1024] - self.weights.decoder_bias).norm()
+                sae.scale_latents((wanted / found).item())  # the weights: a KronSAE's eps stays
+                self._take(sae)
         return self
 
     @classmethod
     def resume(
-        cls, config: DictionaryConfig, training: TrainingConfig, state: dict[str, Any], device: torch.device
+        cls,
+        config: DictionaryConfig,
+        training: TrainingConfig,
+        state: dict[str, Any],
+        device: torch.device,
+        processes: Processes = ALONE,
     ) -> Learner:
-        """The dictionary that `state()` described."""
+        """The dictionary that `state()` described, for any number of processes."""
         weights = state["weights"]
-        self = cls(config, training, (weights["encoder"].shape[1], weights["decoder"].shape[1]), device)
-        self.sae.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.silent_tokens.copy_(state["silent_tokens"])
-        self.fired.copy_(state["fired"])
+        self = cls(config, training, (weights["encoder"].shape[1], weights["decoder"].shape[1]), device, processes)
+        self._take(weights)
+        moments = state["optimizer"]
+        blocks = dict(enumerate(self._blocks().values()))
+        local = {i: {k: self._cut(v, blocks[i]) for k, v in each.items()} for i, each in moments["state"].items()}
+        self.optimizer.load_state_dict(moments | {"state": local})
+        self.silent_tokens.copy_(processes.split(state["silent_tokens"]))
+        self.fired.copy_(processes.split(state["fired"]))
         self.input_mean.copy_(state["input_mean"])
         self.input_scale, self.output_scale = state["scales"]
         self.threshold = BatchThreshold(*state["threshold"])
@@ -107,12 +133,15 @@ class Learner:
         return self
 
     def state(self) -> dict[str, Any]:
-        """All that `resume` needs."""
+        """All that `resume` needs, of the whole dictionary; collective."""
+        moments = self.optimizer.state_dict()
+        blocks = list(self._blocks().values())
+        whole = {i: {k: self._joined(v, blocks[i]) for k, v in each.items()} for i, each in moments["state"].items()}
         return {
-            "weights": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "silent_tokens": self.silent_tokens,
-            "fired": self.fired,
+            "weights": self._whole_weights(),
+            "optimizer": moments | {"state": whole},
+            "silent_tokens": self.processes.whole(self.silent_tokens),
+            "fired": self.processes.whole(self.fired),
             "input_mean": self.input_mean,
             "scales": [self.input_scale, self.output_scale],
             "threshold": [self.threshold.rate, self.threshold.sum, self.threshold.batches],
@@ -121,74 +150,103 @@ class Learner:
 
     def finished(self, metadata: dict[str, Any]) -> TopKSAE:
         """A copy in the activations' own units, that carries `metadata`; with BatchTopK, one with thresholds."""
-        shape = dataclasses.replace(self.sae.config, metadata=metadata)
+        shape = dataclasses.replace(self.shape, metadata=metadata)
+        weights = self._whole_weights()
         if self.config.batch_topk:
             fields = {name: value for name, value in shape.to_dict().items() if name != "k"}
             sae: TopKSAE = JumpReLUSAE(JumpReLUSAEConfig(**fields))
-            threshold = torch.full((shape.n_latents,), self.threshold.value)
-            sae.load_state_dict(self.sae.state_dict() | {"threshold": threshold})
+            weights |= {"threshold": torch.full((shape.n_latents,), self.threshold.value)}
         else:
-            sae = type(self.sae)(shape)
-            sae.load_state_dict(self.sae.state_dict())
+            sae = _class_of(shape)(shape)
+        sae.load_state_dict(weights)
         with torch.no_grad():
-            sae.encoder_bias.sub_((self.sae.encoder @ self.input_mean).to(sae.device))
+            sae.encoder_bias.sub_((weights["encoder"] @ self.input_mean).to(sae.device))
         sae.fold_scales(self.input_scale, self.output_scale)
         return sae
 
-    def step(self, batch: Mapping[str, Tensor], accelerator: Accelerator, learning_rate: float, step: int) -> None:
+    def step(self, batch: Mapping[str, Tensor], learning_rate: float, step: int) -> None:
         """One optimiser step on `batch`; raises before anything changes if loss or gradient is not finite."""
-        training = self.training
+        training, processes = self.training, self.processes
         source, target = self._pair(batch)
         source, target = source / self.input_scale, target / self.output_scale
-        centred = source if self.sae.config.apply_b_dec_to_input else source - self.input_mean
         dead = (self.silent_tokens >= training.dead_after_tokens).nonzero()[:, 0]
         output = loss_and_gradients(
-            centred,
+            source if self.shape.apply_b_dec_to_input else source - self.input_mean,
             target,
             self.weights,
             self.gradients,
             k=self.config.k,
             variance=float(target.shape[1]),
-            encoding=self.sae.config.encoding,
+            encoding=self.encoding,
             objective=self.objective,
             sparsifier="batch_topk" if self.config.batch_topk else "topk",
-            subtract_bias=self.sae.config.apply_b_dec_to_input,
+            subtract_bias=self.shape.apply_b_dec_to_input,
             dead=dead,
             k_aux=self.k_aux,
             alpha=training.alpha,
             aux_tokens=max(1, round(training.aux_share * len(source))),
             precision=training.precision,
+            processes=processes,
         )
         if self.base is not None:
             self.gradients.decoder_bias.zero_()  # a residual dictionary has none
-        active = self._active(output.latents)
-        losses = torch.stack([output.loss, output.aux_loss])
-        if accelerator.num_processes > 1:
-            for gradient in self.gradients:
-                torch.distributed.all_reduce(gradient)
-                gradient.div_(accelerator.num_processes)
-            active = accelerator.reduce(active, "sum")
-            losses = accelerator.reduce(losses, "mean")
+        for gradient in self.gradients:
+            processes.mean_of_groups(gradient)
+        losses = processes.mean_of_groups(torch.stack([output.loss, output.aux_loss]))
+        active = processes.sum_of_groups(self._active(output))
         self._update(learning_rate, losses, step)
         if self.config.batch_topk:
-            smallest = output.latents.values.where(output.latents.values > 0, torch.inf).min()
-            if accelerator.num_processes > 1:
-                torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-            self.threshold.update(smallest.item())
-        tokens = len(source) * accelerator.num_processes
+            values = output.latents.values
+            self.threshold.update(processes.smallest(values.where(values > 0, torch.inf).min()).item())
+        tokens = len(source) * processes.groups
         self.silent_tokens.add_(tokens).masked_fill_(active > 0, 0)
         self.fired.add_(active)
+        fired, n_dead = processes.sum_of_shards(torch.stack([active.sum(), active.new_tensor(len(dead))])).tolist()
         self.losses = {
             "loss": losses[0].item(),
             "aux_loss": losses[1].item(),
-            "l0": active.sum().item() / tokens,
-            "dead_fraction": len(dead) / self.config.n_latents,
+            "l0": fired / tokens,
+            "dead_fraction": n_dead / self.config.n_latents,
         }
 
+    # -- the whole and this process's part ---------------------------------------------------------
+
+    def _blocks(self) -> dict[str, int | None]:
+        """Of each weight, the blocks of rows of which a process has an equal share; None: it has all."""
+        own = self.shape.encoding.blocks
+        return {"encoder": own, "encoder_bias": own, "decoder": 1, "decoder_bias": None}
+
+    def _cut(self, tensor: Tensor, blocks: int | None) -> Tensor:
+        return tensor if blocks is None or not tensor.ndim else self.processes.split(tensor, blocks)
+
+    def _joined(self, tensor: Tensor, blocks: int | None) -> Tensor:
+        return tensor if blocks is None or not tensor.ndim else self.processes.whole(tensor, blocks)
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        pairs = zip(self._blocks().items(), self.weights, strict=True)
+        return {name: self._joined(weight, blocks) for (name, blocks), weight in pairs}
+
     @torch.no_grad()
-    def _start_from(self, directory: str, source: Tensor) -> None:
-        """Take the weights of a finished dense dictionary, in scaled units; `source` is what this one reads."""
-        found, shape = TopKSAE.from_pretrained(directory), self.sae.config
+    def _take(self, found: TopKSAE | Mapping[str, Tensor]) -> None:
+        """The weights of the whole dictionary, or this process's part of them."""
+        whole = found.state_dict() if isinstance(found, TopKSAE) else found
+        for (name, blocks), weight in zip(self._blocks().items(), self.weights, strict=True):
+            weight.copy_(self._cut(whole[name], blocks))
+
+    @torch.no_grad()
+    def _mixed(self, source: Tensor) -> Tensor:
+        """What the latents add up to on scaled `source`, without the decoder's bias."""
+        encoder, bias, decoder, decoder_bias = self.weights
+        x = source - (decoder_bias if self.shape.apply_b_dec_to_input else self.input_mean)
+        (values, indices), _ = top(
+            self.encoding, x, encoder, bias, self.config.k, len(decoder), processes=self.processes
+        )
+        return self.processes.sum_of_shards(kernels.mix_rows(values, indices, decoder))
+
+    @torch.no_grad()
+    def _started_from(self, directory: str, source: Tensor) -> TopKSAE:
+        """A finished dense dictionary in scaled units; `source` is what this one reads."""
+        found, shape = TopKSAE.from_pretrained(directory), self.shape
         if isinstance(found, KronSAE):
             raise TrimtabError(f"start={directory!r} is a KronSAE; accepted: a dense dictionary")
         for name in ("d_in", "n_latents", "output_width", "transcoder", "apply_b_dec_to_input"):
@@ -200,12 +258,12 @@ class Learner:
             found.encoder.mul_(norms[:, None])
             found.encoder_bias.mul_(norms)
             found.decoder.div_(norms.where(norms > 0, 1.0)[:, None])
-        found = found.float().to(self.sae.device)
+        found = found.float().to(self.device)
         found.fold_scales(1 / self.input_scale, 1 / self.output_scale)
         if not shape.apply_b_dec_to_input:
             self.input_mean.copy_((source / self.input_scale).mean(0))
             found.encoder_bias.add_(found.encoder @ self.input_mean)
-        self.sae.load_state_dict({name: w for name, w in found.state_dict().items() if name != "threshold"})
+        return found
 
     @torch.no_grad()
     def _pair(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -216,26 +274,27 @@ class Learner:
             return source, source - found
         return source, source if self.config.target is None else rows[self.config.target].float()
 
-    def _active(self, latents: Latents) -> Tensor:
+    def _active(self, output: StepOutput) -> Tensor:
         """On how many tokens each latent was among the k that the dictionary uses."""
-        values, indices = latents
-        if values.shape[1] > self.config.k and not self.config.batch_topk:  # an objective that selects more
-            values, chosen = values.topk(self.config.k, dim=-1, sorted=False)
-            indices = indices.gather(-1, chosen)
-        return torch.bincount(indices[values > 0], minlength=self.config.n_latents)
+        latents = output.latents
+        if not self.config.batch_topk and self.objective.selected(self.config.k) > self.config.k:
+            latents, _ = largest(latents, lambda d_values: (d_values, latents.indices), self.config.k, self.processes)
+        return torch.bincount(latents.indices[latents.values > 0], minlength=len(self.fired))
 
     @torch.no_grad()
     def _update(self, learning_rate: float, losses: Tensor, step: int) -> None:
-        decoder, gradient = self.sae.decoder, self.gradients.decoder
+        decoder, gradient = self.weights.decoder, self.gradients.decoder
         if self.training.unit_norm_decoder:
             gradient.sub_((gradient * decoder).sum(-1, keepdim=True) * decoder)
-        limit = self.training.grad_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, limit, foreach=True)
+        own = torch.nn.utils.get_total_norm(self.gradients[:3])
+        norm = (self.processes.sum_of_shards(own.square()) + self.gradients.decoder_bias.square().sum()).sqrt()
         if not (torch.isfinite(losses).all() and torch.isfinite(norm)):
             raise TrimtabError(
                 f"step {step} of dictionary {'-to-'.join(self.config.places)!r}: loss {losses[0].item()}, gradient "
                 f"norm {norm.item()}; training stops, and the last checkpoint is that of an earlier, good step"
             )
+        if self.training.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.weights, self.training.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -265,8 +324,8 @@ def _hook_of(place: str, otherwise: str) -> str:
         return otherwise
 
 
-def _fresh(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int, int]) -> TopKSAE:
-    """A dictionary of `config`'s architecture with initial weights."""
+def _shape(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int, int]) -> TopKSAEConfig:
+    """The shape of the dictionary that `config` asks for."""
     transcoder = config.target is not None
     subtract = training.apply_b_dec_to_input if training.apply_b_dec_to_input is not None else config.kron is None
     common: dict[str, Any] = {
@@ -277,10 +336,13 @@ def _fresh(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int
         "apply_b_dec_to_input": subtract and not transcoder and config.base is None,
     }
     if config.kron is None:
-        return TopKSAE(TopKSAEConfig(n_latents=config.n_latents, **common), seed=config.seed)
+        return TopKSAEConfig(n_latents=config.n_latents, **common)
     m, n = config.kron
-    h = config.n_latents // (m * n)
-    return KronSAE(KronSAEConfig(h=h, m=m, n=n, activation=config.kron_activation, **common), seed=config.seed)
+    return KronSAEConfig(h=config.n_latents // (m * n), m=m, n=n, activation=config.kron_activation, **common)
+
+
+def _class_of(shape: TopKSAEConfig) -> type[TopKSAE]:
+    return KronSAE if isinstance(shape, KronSAEConfig) else TopKSAE
 
 
 def _scale(rows: Tensor, place: str) -> float:

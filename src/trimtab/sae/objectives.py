@@ -41,6 +41,7 @@ from torch.autograd.function import once_differentiable
 from trimtab.core.errors import TrimtabError
 from trimtab.sae import kernels
 from trimtab.sae.encodings import Latents
+from trimtab.sae.parallel import ALONE, Processes
 
 __all__ = [
     "RECONSTRUCTION",
@@ -86,8 +87,14 @@ class Objective(Protocol):
         target: Tensor,
         variance: float,
         d_decoder: Tensor,
+        *,
+        k: int,
+        processes: Processes = ALONE,
     ) -> ObjectiveGradients:
-        """L_main in units of `variance`, the total variance of the target; `d_decoder` is overwritten with dL/dD."""
+        """L_main in units of `variance`, the total variance of the target; `d_decoder` is overwritten with dL/dD.
+
+        k: what `selected` gave. processes: those that share the latents; those given are this one's.
+        """
 
 
 class _Reconstruction:
@@ -104,8 +111,12 @@ class _Reconstruction:
         target: Tensor,
         variance: float,
         d_decoder: Tensor,
+        *,
+        k: int,
+        processes: Processes = ALONE,
     ) -> ObjectiveGradients:
-        residual = target - (kernels.mix_rows(latents.values, latents.indices, decoder) + decoder_bias)
+        mixed = processes.sum_of_shards(kernels.mix_rows(latents.values, latents.indices, decoder))
+        residual = target - (mixed + decoder_bias)
         loss = residual.square().sum(-1).mean() / variance
         d_reconstruction = residual * (-2.0 / (len(target) * variance))
         kernels.add_outer(latents.values, latents.indices, d_reconstruction, d_decoder)
@@ -134,14 +145,20 @@ class _Prefixes(ABC):
         target: Tensor,
         variance: float,
         d_decoder: Tensor,
+        *,
+        k: int,
+        processes: Processes = ALONE,
     ) -> ObjectiveGradients:
-        order, weights = self.ordered(latents)
-        values, indices = (tensor.gather(-1, order) for tensor in latents)
+        everyone, mine = processes.together(latents, len(decoder), k)
+        order, weights = self.ordered(everyone)
+        values, indices = (tensor.gather(-1, order) for tensor in everyone)
         weights = weights.to(values) * (target.shape[1] / variance)
         found = prefix_loss_and_gradients(
-            values, indices, decoder, decoder_bias, target, weights, d_decoder=d_decoder.zero_()
+            values, indices, decoder, decoder_bias, target, weights, d_decoder=d_decoder.zero_(), processes=processes
         )
         d_values = torch.empty_like(values).scatter_(-1, order, found.d_values)
+        if mine is not None:
+            d_values = d_values.gather(-1, mine)
         return ObjectiveGradients(found.loss, d_values, found.d_reconstruction, target - found.reconstruction)
 
 
@@ -184,7 +201,7 @@ def _by_value(latents: Latents) -> Tensor:
 # -- on tensors ------------------------------------------------------------------------------------
 
 RANKS = 8
-"""Ranks of one block."""
+"""Processes of one block."""
 
 BLOCK_ELEMENTS = 1 << 21
 """Entries of the decoder rows that are gathered at once: 8 MiB in float32. Their errors take as much again."""
@@ -345,10 +362,13 @@ def prefix_loss_and_gradients(
     *,
     d_decoder: Float[Tensor, "n_latents d"] | None = None,
     with_gradients: bool = True,
+    processes: Processes = ALONE,
 ) -> PrefixGradients:
     """L and its gradients, block by block of tokens; dL/dD is added to `d_decoder` where that is given.
 
     Tokens are taken in their order, so that on a CPU the result does not depend on the number of threads.
+    processes: those that hold the decoder together: `decoder` and `d_decoder` have this one's rows, while latents,
+        target and what is returned are the same for all.
     """
     tokens, k = values.shape
     d = decoder.shape[1]
@@ -372,10 +392,7 @@ def prefix_loss_and_gradients(
         rows, errors, error = [], [], first[block]
         for r, index, buffer in zip(ranks, flat, buffers, strict=True):
             gathered, found = (part[: len(index)].view(n, -1, d) for part in buffer)
-            if decoder.dtype == wide:
-                torch.index_select(decoder, 0, index, out=buffer[0, : len(index)])
-            else:
-                gathered.copy_(decoder[index].view_as(gathered))
+            processes.rows(decoder, index, buffer[0, : len(index)])
             torch.baddbmm(error[:, None], torch.tril(_repeated(v[:, r])), gathered, out=found)
             squares = torch.linalg.vector_norm(found, dim=-1).square()
             loss += (w[:, r.start + 1 : r.stop + 1] * squares).sum()
@@ -394,7 +411,8 @@ def prefix_loss_and_gradients(
             after = suffix[:, 0].clone()
             d_values[block, r] = torch.mul(gathered, suffix, out=found).sum(-1)
             if d_decoder is not None:
-                d_decoder.index_add_(0, index, suffix.mul_(v[:, r, None]).view(-1, d))
+                local, share = processes.own(index, v[:, r].reshape(-1), len(decoder))
+                d_decoder.index_add_(0, local, suffix.view(-1, d).mul_(share[:, None]))
         d_reconstruction[block] = after + 2 * w[:, :1] * first[block]
     return PrefixGradients(loss, last + target.to(wide), d_values, d_reconstruction)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
@@ -91,14 +90,14 @@ def _seconds_of_step(
     dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor], config: TrainingConfig
 ) -> float:
     """Seconds of one step of all `dictionaries` on `rows`, repeated to a batch: the faster of two, after another."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    learners = [Learner.begin(dictionary, config, rows, accelerator.device) for dictionary in dictionaries]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learners = [Learner.begin(dictionary, config, rows, device) for dictionary in dictionaries]
     length = len(next(iter(rows.values())))
     batch = {place: states[torch.arange(config.batch_size) % length] for place, states in rows.items()}
 
     def step() -> None:
         for learner in learners:
-            learner.step(batch, accelerator, 0.0, 0)
+            learner.step(batch, 0.0, 0)
 
     step()
     return min(_seconds(step) for _ in range(2))

@@ -9,7 +9,7 @@ run resumes with the very same batches from the pair (round, offset).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ EMPTY_ROUNDS = 16
 class ShuffledActivations:
     """Batches of exactly `batch_size` rows, {place: [batch_size, width]}, without end.
 
-    rank, world: this process takes shards rank, rank + world, …
+    rank, world: this process takes shards first + rank, first + rank + world, …, where first is 0 in a fresh run.
     """
 
     def __init__(self, shards: ShardSource, *, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -37,7 +37,7 @@ class ShuffledActivations:
         self.shards = shards
         self.batch_size = batch_size
         self._seed = seed
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._first = rank, world, 0
         self._round, self._offset = 0, 0
         self._served = (0, 0)  # where the last whole batch ended: a batch may be interrupted half-way
         self._rows: dict[str, Tensor] | None = None
@@ -80,14 +80,31 @@ class ShuffledActivations:
     def state_dict(self) -> dict[str, Any]:
         """JSON values: the next row to be served, and where the text of its shards begins."""
         number, offset = self._served
-        first = max(number - 1, 0) * self._world + self._rank
-        return {"round": number, "offset": offset, "shards": self.shards.state(first)}
+        shard = self._shard_number(max(number - 1, 0))
+        return {"round": number, "offset": offset, "first": self._first, "shards": self.shards.state(shard)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`: the next batch is the one that would have followed."""
         self.shards.restore(state["shards"])
         self._round, self._offset = self._served = int(state["round"]), int(state["offset"])
+        self._first = int(state["first"])
         self._rows, self._kept = None, None
+
+    def go_on_after(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after another number of processes, each of which left one of `states`.
+
+        From the first shard on that none of them has touched: no row comes again, and what is left of the shards that
+        were begun is left out.
+        """
+        self.shards.restore(states[-1]["shards"])
+        begun = max(int(state["round"]) for state in states) + 1
+        self._first = int(states[0]["first"]) + begun * len(states)
+        self._round, self._offset = self._served = 0, 0
+        self._rows, self._kept = None, None
+
+    def _shard_number(self, index: int) -> int:
+        """Of all shards, this process's `index`."""
+        return self._first + index * self._world + self._rank
 
     def _round_rows(self) -> dict[str, Tensor]:
         if self._rows is None:
@@ -100,7 +117,7 @@ class ShuffledActivations:
     def _half(self, index: int, half: int) -> dict[str, Tensor]:
         """Half A (0) or B (1) of this process's shard `index`."""
         if self._kept is None or self._kept[0] != index:
-            shard = self.shards.shard(index * self._world + self._rank)
+            shard = self.shards.shard(self._shard_number(index))
             self._kept = (index, self._permuted(shard, 2 * index))
         middle = len(next(iter(self._kept[1].values()))) // 2
         cut = slice(None, middle) if half == 0 else slice(middle, None)

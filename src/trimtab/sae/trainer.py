@@ -7,7 +7,9 @@ run lives in a directory:
     OUT/checkpoints/step-…      whole checkpoints; a killed run goes on from the last, bit for bit at equal thread count
     OUT/history.json            what was logged
 
-With several processes (torchrun, accelerate launch) each takes its share of every batch; gradients are averaged.
+With several processes (torchrun, accelerate launch) each harvests its share of every batch; gradients are averaged.
+With `shards`, so many processes hold each dictionary together (`trimtab.sae.parallel`). A run may be taken up by
+another number of processes: the weights and moments are the same, and the text goes on with shards that none has seen.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 import trimtab
@@ -38,6 +40,7 @@ from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.harvest import ShardSource
 from trimtab.sae.learner import Learner
 from trimtab.sae.modeling import TopKSAE
+from trimtab.sae.parallel import mesh
 from trimtab.sae.shuffle import ShuffledActivations
 
 __all__ = ["dictionary_names", "train"]
@@ -125,12 +128,13 @@ def _accelerator(config: TrainingConfig, out: Path) -> Accelerator:
     return Accelerator(cpu=not torch.cuda.is_available(), log_with=list(config.report_to) or None, project_dir=str(out))
 
 
-def _check_memory(dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor]) -> None:
+def _check_memory(dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor], shards: int) -> None:
     """Refuse dictionaries whose weights, gradients and optimiser would not fit, before anything is allocated."""
     available = psutil.virtual_memory().available
     for dictionary in dictionaries:
         width = rows[dictionary.place].shape[1] + rows[dictionary.output].shape[1]
-        needed = 16 * dictionary.n_latents * width
+        whole = 4 * (shards > 1)  # the initial weights, before they are cut
+        needed = (16 // shards + whole) * dictionary.n_latents * width
         if needed > available and rows[dictionary.place].device.type == "cpu":
             raise TrimtabError(
                 f"n_latents={dictionary.n_latents} needs {needed / 2**30:,.1f} GiB in training; "
@@ -154,6 +158,7 @@ class _Run:
         if config.batch_size % world:
             raise TrimtabError(f"batch_size={config.batch_size} must be a multiple of the {world} processes")
         self.config, self.out, self.accelerator, self.shards = config, out, accelerator, shards
+        self.processes = mesh(world, config.shards, accelerator.device.type)
         self.activations = ShuffledActivations(
             shards,
             batch_size=config.batch_size // world,
@@ -165,12 +170,12 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self._configs = list(dictionaries)
         self.learners: list[Learner]
-        training = {k: v for k, v in asdict(config).items() if k not in ("checkpoint_every", "keep_last", "report_to")}
+        without = ("checkpoint_every", "keep_last", "report_to", "shards")
+        training = {k: v for k, v in asdict(config).items() if k not in without}
         self.identity = {
             "dictionaries": {name: asdict(d) for name, d in zip(self.names, dictionaries, strict=True)},
             "training": training,
             "activations": shards.identity,
-            "processes": world,
         }
         bases = {d.base: _weights_digest(d.base) for d in dictionaries if d.base is not None}
         self.identity |= {"bases": bases} if bases else {}
@@ -180,16 +185,21 @@ class _Run:
         root = self.out / "checkpoints"
         if checkpoint.latest(root) is None:
             checkpoint.write_file(self.out / "run.json", json.dumps(self.identity, indent=2).encode())
-            rows = self.activations.peek()
-            _check_memory(self._configs, rows)
-            self.learners = [Learner.begin(d, self.config, rows, self.accelerator.device) for d in self._configs]
+            rows = self._rows_of_the_first()
+            _check_memory(self._configs, rows, self.config.shards)
+            device = self.accelerator.device
+            self.learners = [Learner.begin(d, self.config, rows, device, self.processes) for d in self._configs]
             self._agree()
         else:
             state = checkpoint.load(root, allow_previous=allow_previous, expect=self.identity).tree
             self.step, self.history = state["step"], state["history"]
-            self.activations.load_state_dict(state["activations"][self.accelerator.process_index])
+            positions = state["activations"]
+            if len(positions) == self.accelerator.num_processes:
+                self.activations.load_state_dict(positions[self.accelerator.process_index])
+            else:
+                self.activations.go_on_after(positions)
             self.learners = [
-                Learner.resume(d, self.config, state["dictionaries"][name], self.accelerator.device)
+                Learner.resume(d, self.config, state["dictionaries"][name], self.accelerator.device, self.processes)
                 for d, name in zip(self._configs, self.names, strict=True)
             ]
             checkpoint.set_rng_state(state["rng"])
@@ -197,23 +207,35 @@ class _Run:
         if self.accelerator.log_with:
             self.accelerator.init_trackers("trimtab-sae", config={"run": json.dumps(self.identity)})
 
+    def _rows_of_the_first(self) -> dict[str, Tensor]:
+        """The activations that scales are measured on: those of the first process, for all."""
+        rows = {place: states.to(self.accelerator.device) for place, states in self.activations.peek().items()}
+        shapes = [{place: list(states.shape) for place, states in rows.items()}]
+        if self.processes.world > 1:
+            broadcast_object_list(shapes)
+        if not self.accelerator.is_main_process:
+            rows = {place: rows[place].new_empty(shape) for place, shape in shapes[0].items()}
+        return {place: self.processes.from_first(states.contiguous()) for place, states in rows.items()}
+
     def _agree(self) -> None:
-        """Every process starts from the weights and scales of the first."""
-        if self.accelerator.num_processes == 1:
-            return
+        """Every group starts from the weights of the first, and all from the same scales, bit for bit."""
         for dictionary in self.learners:
-            broadcast([*(weight.data for weight in dictionary.weights), dictionary.input_mean])
-            scales = [dictionary.input_scale, dictionary.output_scale]
-            dictionary.input_scale, dictionary.output_scale = broadcast_object_list(scales)
+            for weight in dictionary.weights[:3]:
+                self.processes.from_first_group(weight)
+            self.processes.from_first(dictionary.weights.decoder_bias)
+            self.processes.from_first(dictionary.input_mean)
+            if self.processes.world > 1:
+                scales = [dictionary.input_scale, dictionary.output_scale]
+                dictionary.input_scale, dictionary.output_scale = broadcast_object_list(scales)
 
     def train_step(self, batch: Mapping[str, Tensor]) -> None:
         """One step of every dictionary; afterwards `step` counts it."""
         config = self.config
         floor = config.final_learning_rate / config.learning_rate
         learning_rate = config.learning_rate * warmup_cosine(self.step, config.steps, config.warmup, floor)
-        batch = {place: rows.to(self.accelerator.device) for place, rows in batch.items()}
+        batch = {place: self.processes.gathered(rows.to(self.accelerator.device)) for place, rows in batch.items()}
         for dictionary in self.learners:
-            dictionary.step(batch, self.accelerator, learning_rate, self.step)
+            dictionary.step(batch, learning_rate, self.step)
         self.step += 1
         self._position = self.activations.state_dict()
         if self.step % config.log_every == 0 or self.step == config.steps:
@@ -239,13 +261,14 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint; the first process does, with the data position of each after the last whole step."""
         positions = gather_object([self._position])
+        dictionaries = {name: d.state() for name, d in zip(self.names, self.learners, strict=True)}
         if not self.accelerator.is_main_process:
             return
         tree = {
             "step": self.step,
             "history": self.history,
             "activations": positions,
-            "dictionaries": {name: d.state() for name, d in zip(self.names, self.learners, strict=True)},
+            "dictionaries": dictionaries,
             "rng": checkpoint.rng_state(),
         }
         root = self.out / "checkpoints"
@@ -256,8 +279,9 @@ class _Run:
         finished = {}
         for name, dictionary in zip(self.names, self.learners, strict=True):
             finished[name] = dictionary.finished(self._metadata(dictionary))
+            fired = self.processes.whole(dictionary.fired)
             if self.accelerator.is_main_process and not _is_there(finished[name], self.out / name):
-                rate = dictionary.fired.double() / (self.step * self.config.batch_size)
+                rate = fired.double() / (self.step * self.config.batch_size)
                 with checkpoint.write_directory(self.out / name) as directory:
                     formats.write_saelens(finished[name], directory, sparsity=rate.clamp_min(1e-10).log10().float())
                     formats.model_card(finished[name]).save(directory / "README.md")
