@@ -21,9 +21,10 @@ from trimtab.gallery.report import MAX_LATENTS, render
 from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
-from trimtab.sae.harvest import Harvest, HarvestConfig, Mixture, ShardCache, ShardSource
+from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShardSource
 from trimtab.sae.jumprelu import JumpReLUSAE
 from trimtab.sae.metrics import evaluate as evaluate_sae
+from trimtab.sae.mixture import Mixture
 from trimtab.sae.modeling import TopKSAE
 from trimtab.sae.plan import plan
 from trimtab.sae.selection import Sparsifier

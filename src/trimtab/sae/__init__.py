@@ -11,10 +11,11 @@
 from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.explanations import explain
-from trimtab.sae.harvest import Harvest, HarvestConfig, Mixture, ShardCache, TensorShards
+from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, TensorShards
 from trimtab.sae.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.metrics import ev_curve, evaluate, splice
+from trimtab.sae.mixture import Mixture
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 from trimtab.sae.objectives import hierarchical_topk_loss
 from trimtab.sae.trainer import train
