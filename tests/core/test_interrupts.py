@@ -169,3 +169,14 @@ def test_on_a_terminal_a_bar_with_rate_and_note(
     assert "50%" in shown
     assert "tokens/s" in shown
     assert "loss 0.4" in shown
+
+
+def test_of_several_processes_only_the_first_shows_its_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trimtab.core.progress.SECONDS_BETWEEN_LINES", 0.0)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with Progress("training", 10, "tokens") as bar:
+            bar.advance(5)
+        assert len(capsys.readouterr().err.splitlines()) == lines

@@ -14,7 +14,7 @@ from rich.table import Table
 from trimtab.cli.models import Dtype, load_model
 from trimtab.core.checkpoint import write_file
 from trimtab.core.errors import TrimtabError, unknown
-from trimtab.core.progress import Progress
+from trimtab.core.progress import Progress, console
 from trimtab.core.text import TextSource
 from trimtab.gallery.dictionaries import dictionary_page, place_of, read_history, training_curves
 from trimtab.gallery.report import MAX_LATENTS, render
@@ -158,7 +158,7 @@ def train(
     for name, sae in finished.items():
         final = sae.config.metadata["trimtab"]["final"]
         table.add_row(str(out / name), f"{final['loss']:.4f}", f"{final['l0']:.1f}", f"{final['dead_fraction']:.1%}")
-    Console().print(table)
+    console().print(table)
 
 
 def evaluate(

@@ -1,7 +1,11 @@
-"""Progress of long work on standard error: a rich bar with rate and time left; a line a minute where no one looks."""
+"""Progress of long work on standard error: a rich bar with rate and time left; a line a minute where no one looks.
+
+Of several processes only the first speaks.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 
 from rich.console import Console
@@ -15,9 +19,14 @@ from rich.progress import (
     Progress as RichProgress,
 )
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "console"]
 
 SECONDS_BETWEEN_LINES = 60.0
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where this process prints: nowhere, if it is not the first of several (RANK, as torchrun sets it)."""
+    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class Progress:
@@ -29,7 +38,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._done = self._done_before = done
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -38,7 +47,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_terminal or self._console.quiet,
             transient=True,
         )
         self._task = self._bar.add_task(what, total=total, completed=done, rate="", note="")
