@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
@@ -324,6 +325,27 @@ def test_we_read_the_kron_sae_that_saelens_saves(sae_lens: ModuleType, registere
     assert isinstance(back, KronSAE)
     assert back.config.encoding == ours.config.encoding
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
+
+
+def test_saelens_loads_a_kron_sae_from_the_hub(
+    sae_lens: ModuleType, registered: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the download: the repository is a folder here."""
+    from sae_lens.loading import pretrained_sae_loaders
+
+    ours = kron()
+    ours.save_pretrained(tmp_path / "layer-1")
+
+    def download(repo_id: str, filename: str, **_: object) -> str:
+        assert repo_id == "someone/kron"
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
+    theirs = sae_lens.SAE.from_pretrained("someone/kron", "layer-1")
+    assert isinstance(theirs, registered.KronTopKSAE)
+    close(theirs(activations()), ours(activations()))
 
 
 def test_a_kron_sae_folds_an_activation_scale_and_no_decoder_norms(
