@@ -56,6 +56,14 @@ def test_bytes_on_disk_are_those_of_the_files(harvest: Harvest, tmp_path: Path) 
     assert 600 * row <= size(tmp_path / "cache") <= (600 + 2 * 256) * row * 1.05
 
 
+def test_a_base_and_its_memory_are_in_the_plan(harvest: Harvest, tmp_path: Path) -> None:
+    train(DICTIONARIES[:1], harvest, TRAINING, tmp_path)
+    residual = {"place": "resid.1", "n_latents": 100, "k": 4, "sparsifier": "batch_topk"}
+    with_base = plan([DictionaryConfig(**residual, base=str(tmp_path / "resid.1"))], harvest, TRAINING, cached=False)
+    without = plan([DictionaryConfig(**residual)], harvest, TRAINING, cached=False)
+    assert with_base.memory_bytes - without.memory_bytes == 4 * (4000 * (2 * 32 + 1) + 32)
+
+
 def test_nothing_is_written_and_nothing_changes(
     harvest: Harvest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

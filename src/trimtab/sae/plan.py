@@ -41,7 +41,7 @@ class Plan:
                 f"would train {len(self.names)} dictionaries ({', '.join(self.names)}) on {self.tokens:,} tokens:",
                 f"  time    {minutes:.1f} min: {self.harvest_seconds / 60:.1f} of the language model, "
                 f"{self.training_seconds / 60:.1f} of training",
-                f"  memory  {self.memory_bytes / MIB:,.0f} MiB: model, dictionaries in training, shards",
+                f"  memory  {self.memory_bytes / MIB:,.0f} MiB: models, dictionaries in training, shards",
                 f"  disk    {disk / MIB:,.0f} MiB: dictionaries {self.output_bytes / MIB:,.0f}, checkpoints "
                 f"{self.checkpoint_bytes / MIB:,.0f}, cached activations {self.cache_bytes / MIB:,.0f}",
             ]
@@ -56,19 +56,19 @@ def plan(dictionaries: Sequence[DictionaryConfig], harvest: Harvest, training: T
     tokens_of_pass = first.input_ids.numel()
     harvest_seconds = min(_seconds(lambda: next(forwards)) for _ in range(2)) * training.tokens / tokens_of_pass
     rows = {place: states[first.keep].float() for place, states in first.activations.items()}
-    seconds_of_step = _seconds_of_step(dictionaries, rows, training)
-    weights = [
-        4 * d.n_latents * (rows[d.place].shape[1] + rows[d.output].shape[1] + 1) + 4 * rows[d.output].shape[1]
-        for d in dictionaries
-    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learners = [Learner.begin(dictionary, training, rows, device) for dictionary in dictionaries]
+    seconds_of_step = _seconds_of_step(learners, rows, training.batch_size)
+    weights = [sum(weight.nbytes for weight in learner.weights) for learner in learners]
     row_bytes = sum(states[first.keep][:1].nbytes for states in first.activations.values())
-    model_bytes = sum(p.nbytes for p in harvest.model.parameters())
+    frozen = [harvest.model, *(learner.base for learner in learners if learner.base is not None)]
+    frozen_bytes = sum(p.nbytes for module in frozen for p in module.parameters())
     return Plan(
         names=tuple(names),
         tokens=training.steps * training.batch_size,
         harvest_seconds=harvest_seconds,
         training_seconds=seconds_of_step * training.steps,
-        memory_bytes=model_bytes
+        memory_bytes=frozen_bytes
         + 4 * sum(weights)
         + 6 * harvest.config.shard_tokens * row_bytes
         + 4 * max(BLOCK_ELEMENTS, max(d.n_latents for d in dictionaries)),
@@ -86,14 +86,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_of_step(
-    dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor], config: TrainingConfig
-) -> float:
-    """Seconds of one step of all `dictionaries` on `rows`, repeated to a batch: the faster of two, after another."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learners = [Learner.begin(dictionary, config, rows, device) for dictionary in dictionaries]
+def _seconds_of_step(learners: Sequence[Learner], rows: Mapping[str, Tensor], batch_size: int) -> float:
+    """Seconds of one step of all `learners` on `rows`, repeated to a batch: the faster of two, after another."""
     length = len(next(iter(rows.values())))
-    batch = {place: states[torch.arange(config.batch_size) % length] for place, states in rows.items()}
+    batch = {place: states[torch.arange(batch_size) % length] for place, states in rows.items()}
 
     def step() -> None:
         for learner in learners:
