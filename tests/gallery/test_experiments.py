@@ -48,12 +48,18 @@ def test_skewed_features_are_on_as_often_as_they_should_be() -> None:
 
 
 def test_kron_arms_have_equal_encoder_flops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kron_sae, "BASE", 12)
+    monkeypatch.setattr(kron_sae, "BASES", (12, 18))
     monkeypatch.setattr(kron_sae, "RATES", (8e-3,))
-    kron, dense, equal = kron_sae.kron_4_4(0), kron_sae.topk(0), kron_sae.kron_equal_tokens(0)
-    assert kron["steps"] * kron["encoder parameters"] == dense["steps"] * dense["encoder parameters"]
-    assert equal["steps"] == dense["steps"]
-    assert 0 < equal["explained variance"] < kron["explained variance"] < 1
+    arms = {name: arm for name, (_, arm) in kron_sae.EXPERIMENT.arms.items()}
+    dense = arms["TopK"](0)
+    for name in ("KronSAE (4, 4), equal FLOPs", "KronSAE (4, 8), equal FLOPs"):
+        kron = arms[name](0)
+        for base in (12, 18):
+            cost, peer = (found[f"steps, base {base}"] * found["encoder parameters"] for found in (kron, dense))
+            assert cost == peer
+    equal = arms["KronSAE (4, 4), equal tokens"](0)
+    assert equal["steps, base 18"] == dense["steps, base 18"]
+    assert 0 < equal[kron_sae.METRIC] < kron[kron_sae.METRIC] < 1
 
 
 def test_hierarchical_arms_are_read_at_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
