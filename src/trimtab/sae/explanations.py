@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from trimtab.sae.firings import Context, collect_firings, evenly_spaced
 from trimtab.sae.harvest import Harvest, longest_context
 from trimtab.sae.modeling import TopKSAE
 
-__all__ = ["LatentExplanation", "TokenLatents", "explain", "latents_of_text"]
+__all__ = ["LatentExplanation", "TokenLatents", "explain", "latents_of_text", "multitoken_ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,12 @@ class LatentExplanation:
     @property
     def multitoken_ratio(self) -> float:
         """Mean over the contexts of the share of their tokens on which the latent fires."""
-        shares = [
-            sum(value > 0 for value in context.activations) / len(context.activations) for context in self.contexts
-        ]
-        return sum(shares) / len(shares)
+        return multitoken_ratio(self.contexts)
+
+
+def multitoken_ratio(contexts: Sequence[Context]) -> float:
+    """Mean over the contexts of the share of their tokens on which the latent fires."""
+    return sum(sum(value > 0 for value in c.activations) / len(c.activations) for c in contexts) / len(contexts)
 
 
 @torch.no_grad()
