@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import quadratic_assignment
 from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
@@ -46,6 +45,8 @@ def match_latents(reference: Tensor, gram: Tensor) -> Int[Tensor, " features"]:
     Both square, of one shape. An approximation: the problem is NP-hard. Its time grows with the third power of the
     size. Raises TrimtabError as `rv_coefficient` does.
     """
+    from scipy.optimize import quadratic_assignment
+
     _check(reference=reference, gram=gram)
     if reference.shape != gram.shape:
         raise TrimtabError(f"reference is {list(reference.shape)} and gram {list(gram.shape)}; accepted: one shape")
