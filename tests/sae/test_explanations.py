@@ -12,7 +12,8 @@ from transformers import LlamaModel
 
 from trimtab.core.errors import TrimtabError
 from trimtab.core.text import TextSource
-from trimtab.sae.explanations import Context, explain, latents_of_text
+from trimtab.sae.explanations import explain, latents_of_text
+from trimtab.sae.firings import Context
 from trimtab.sae.harvest import Harvest, HarvestConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 

@@ -12,12 +12,15 @@ from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.explanations import explain
 from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, TensorShards
+from trimtab.sae.judging import score_latents
 from trimtab.sae.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAE, KronSAEConfig
+from trimtab.sae.kron_latents import kron_statistics, pre_latent_dictionary
 from trimtab.sae.metrics import ev_curve, evaluate, splice
 from trimtab.sae.mixture import Mixture
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 from trimtab.sae.objectives import hierarchical_topk_loss
+from trimtab.sae.saebench import SAEBenchSAE
 from trimtab.sae.trainer import train
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "KronSAE",
     "KronSAEConfig",
     "Mixture",
+    "SAEBenchSAE",
     "ShardCache",
     "TensorShards",
     "TopKSAE",
@@ -39,6 +43,9 @@ __all__ = [
     "evaluate",
     "explain",
     "hierarchical_topk_loss",
+    "kron_statistics",
+    "pre_latent_dictionary",
+    "score_latents",
     "splice",
     "train",
 ]

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimtab.core import activations as act
-from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.errors import TrimtabError
 from trimtab.core.lens import direction_tokens
 from trimtab.core.text import special_ids
+from trimtab.sae.firings import Context, collect_firings, evenly_spaced
 from trimtab.sae.harvest import Harvest, longest_context
 from trimtab.sae.modeling import TopKSAE
 
-__all__ = ["Context", "LatentExplanation", "TokenLatents", "explain", "latents_of_text"]
-
-
-class Context(NamedTuple):
-    """Consecutive tokens of the text and the latent's activation on each of them."""
-
-    token_ids: list[int]
-    activations: list[float]
+__all__ = ["LatentExplanation", "TokenLatents", "explain", "latents_of_text", "multitoken_ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +42,12 @@ class LatentExplanation:
     @property
     def multitoken_ratio(self) -> float:
         """Mean over the contexts of the share of their tokens on which the latent fires."""
-        shares = [
-            sum(value > 0 for value in context.activations) / len(context.activations) for context in self.contexts
-        ]
-        return sum(shares) / len(shares)
+        return multitoken_ratio(self.contexts)
+
+
+def multitoken_ratio(contexts: Sequence[Context]) -> float:
+    """Mean over the contexts of the share of their tokens on which the latent fires."""
+    return sum(sum(value > 0 for value in c.activations) / len(c.activations) for c in contexts) / len(contexts)
 
 
 @torch.no_grad()
@@ -76,18 +71,13 @@ def explain(
     Memory: about 12 bytes for each of the tokens' k latents.
     Raises TrimtabError for a place that `harvest` does not read, and for a text without tokens to look at.
     """
-    if place not in harvest.places:
-        raise unknown("place", place, harvest.places)
-    for name, value in (("tokens", tokens), ("n_latents", n_latents), ("contexts", contexts)):
+    for name, value in (("n_latents", n_latents), ("contexts", contexts)):
         if value < 1:
             raise TrimtabError(f"{name}={value} must be at least 1")
-    firings = _collect(sae, harvest, place, tokens, advance)
-    counts = torch.bincount(torch.from_numpy(firings.latents.astype(np.int64)), minlength=sae.config.n_latents)
+    firings = collect_firings(sae, harvest, place=place, tokens=tokens, advance=advance)
+    counts = firings.counts(sae.config.n_latents)
     densities = (counts / firings.kept_tokens).float()
-    alive = (counts > 0).nonzero()[:, 0]
-    by_density = alive[counts[alive].argsort(stable=True)]
-    spaced = np.linspace(0, len(alive) - 1, min(n_latents, len(alive))).round().astype(np.int64)
-    chosen = sorted(by_density[torch.from_numpy(spaced)].tolist())
+    chosen = evenly_spaced(counts, (counts > 0).nonzero()[:, 0], n_latents)
     directions = sae.decoder[chosen]
     has_head = getattr(harvest.model, "get_output_embeddings", lambda: None)() is not None
     promoted, suppressed = (
@@ -102,8 +92,8 @@ def explain(
                 latent=latent,
                 density=densities[latent].item(),
                 max_activation=float(found.values.max()),
-                token_entropy=_token_entropy(found, firings.input_ids),
-                contexts=_top_contexts(found, firings.input_ids, contexts, before, after),
+                token_entropy=firings.token_entropy(found),
+                contexts=firings.top_contexts(found, contexts, before, after),
                 promoted=promoted[i] if promoted else [],
                 suppressed=[(token, -logit) for token, logit in suppressed[i]] if suppressed else [],
             )
@@ -139,71 +129,3 @@ def latents_of_text(
         latents = [] if token_id in special else sorted((p for p in pairs if p[1] > 0), key=lambda pair: -pair[1])
         rows.append(TokenLatents(token_id, latents))
     return rows
-
-
-class _LatentFirings(NamedTuple):
-    positions: np.ndarray
-    """Rising positions in the text, sequence times context plus offset."""
-    values: np.ndarray
-
-
-class _Firings:
-    """Every (position, latent, value) above 0 of a text, in the order of latents, then positions."""
-
-    def __init__(self, input_ids: Int[Tensor, "sequences context"], kept: int, parts: list[tuple[Tensor, ...]]) -> None:
-        latents, positions, values = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-        order = np.argsort(latents, kind="stable")  # positions rise already
-        self.input_ids = input_ids.numpy()
-        self.kept_tokens = kept
-        self.latents, self._positions, self._values = latents[order], positions[order], values[order]
-
-    def of(self, latent: int) -> _LatentFirings:
-        start, stop = np.searchsorted(self.latents, [latent, latent + 1])
-        return _LatentFirings(self._positions[start:stop], self._values[start:stop])
-
-
-def _collect(sae: TopKSAE, harvest: Harvest, place: str, tokens: int, advance: Callable[[int], None]) -> _Firings:
-    context = harvest.config.context
-    ids, parts, kept, sequences = [], [], 0, 0
-    for forward in harvest.forwards(sequences=-(-tokens // context)):
-        where = forward.keep.reshape(-1).nonzero()[:, 0] + sequences * context
-        latents = sae.encode_sparse(forward.activations[place][forward.keep].float())
-        rows, columns = (latents.values > 0).nonzero(as_tuple=True)
-        entries = (latents.indices[rows, columns].int(), where[rows].int(), latents.values[rows, columns])
-        parts.append(tuple(entry.cpu() for entry in entries))
-        ids.append(forward.input_ids.cpu().int())
-        kept += len(where)
-        sequences += len(forward.input_ids)
-        advance(forward.input_ids.numel())
-    if not kept:
-        raise TrimtabError("the text holds only special tokens and attention sinks: nothing to explain latents by")
-    return _Firings(torch.cat(ids), kept, parts)
-
-
-def _token_entropy(found: _LatentFirings, ids: np.ndarray) -> float:
-    shares = np.bincount(ids.ravel()[found.positions], weights=found.values)
-    shares = shares[shares > 0] / shares.sum()
-    return float(-(shares * np.log(shares)).sum()) + 0.0  # no -0
-
-
-def _top_contexts(found: _LatentFirings, ids: np.ndarray, contexts: int, before: int, after: int) -> list[Context]:
-    """The windows around the highest activations, leaving out those that overlap with a higher one's."""
-    length = ids.shape[1]
-    chosen: list[Context] = []
-    covered: list[tuple[int, int]] = []
-    for entry in np.argsort(-found.values, kind="stable"):
-        if len(chosen) == contexts:
-            break
-        peak = int(found.positions[entry])
-        sequence = peak // length
-        start = max(peak - before, sequence * length)
-        stop = min(peak + after + 1, (sequence + 1) * length)
-        if any(start < other_stop and other_start < stop for other_start, other_stop in covered):
-            continue
-        first, last = np.searchsorted(found.positions, [start, stop])
-        values = np.zeros(stop - start, dtype=np.float32)
-        values[found.positions[first:last] - start] = found.values[first:last]
-        tokens = ids[sequence, start - sequence * length : stop - sequence * length]
-        chosen.append(Context(tokens.tolist(), values.tolist()))
-        covered.append((start, stop))
-    return chosen
