@@ -13,7 +13,7 @@ from benchmarks.peers import ROOT
 
 __all__ = ["main", "shortfalls"]
 
-SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training", "sae_methods")
+SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training", "sae_methods", "kron_claims")
 LONG = ("sae_rates", "gemma_dictionaries")
 """Run only when named."""
 
