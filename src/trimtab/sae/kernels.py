@@ -15,10 +15,10 @@ Each has two forms with equal results and gradients: plain PyTorch, for any devi
 here; and Triton, in `trimtab.sae.triton_kernels`, which the functions take by themselves where `triton_forms` says so.
 `trimtab.sae.functional` is written on top of them and is the place where formulas live.
 
-All of them give the same bits for the same input. The one exception is the gradient of a prefix loss
-(`trimtab.sae.objectives`) on a CUDA device, which adds into the decoder's gradient in no fixed order. As everywhere in
-PyTorch, `torch.use_deterministic_algorithms(True)` is the switch: the prefix loss then takes its PyTorch form there.
-(cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 besides.)
+The Triton forms of these four give the same bits for the same input. What adds in no fixed order on a CUDA device is
+the decoder's gradient of a prefix loss (`trimtab.sae.objectives`) and the gradient of the encoder's bias. As everywhere
+in PyTorch, `torch.use_deterministic_algorithms(True)` is the switch: the prefix loss then takes its PyTorch form, and
+PyTorch another way to sum. (cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 besides.)
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def add_outer(
 ) -> Float[Tensor, "n_latents d"]:
     """`out[f] = sum over (t, j) with indices[t, j] = f of values[t, j] x[t]`, added to `out` with `accumulate`.
 
-    Tokens are summed in their order, so that the result does not depend on the number of threads.
+    The order of the sums is fixed, so that the result does not depend on the number of threads.
     """
     if (triton := triton_forms(x)) is not None:
         return triton.add_outer(values, indices, x, out, accumulate=accumulate)

@@ -5,7 +5,7 @@ weights, in the symbols of `objectives`, and the sparse products in those of `ke
 a token, of latents and any width d; float32, bfloat16 or float16, all sums in float32. Callers use the functions of the
 other two modules, which come here by themselves: `kernels.triton_forms` says when.
 
-    mix_rows, row_products   one program a token and slice of d, or a token and few ranks
+    mix_rows, row_products   one program a token and slice of d; a token and eight ranks
     add_outer                the (latent, token) pairs are sorted; one program sums up to `PIECE` pairs of one latent,
                              and a latent with more has its pieces added in order: no atomics, the same bits every time
     prefix loss              one program a token and slice of d walks the ranks up with the running error
@@ -93,9 +93,9 @@ def add_outer(
     latents, order = indices.reshape(-1).int().sort(stable=True)
     limits = torch.arange(n_latents + 1, dtype=torch.int32, device=x.device)
     starts = torch.searchsorted(latents, limits)
-    # A latent of n pairs has (n - 1) // PIECE further pieces; `ends` counts those of the latents up to each, and
-    # `owner` names the latent of each, n_latents where there is none. Their bound asks nothing of the device.
-    ends = (starts.diff() - 1).clamp(min=0).div(PIECE, rounding_mode="floor").cumsum(0)
+    # A latent of n pairs has n // PIECE further pieces, the last of them perhaps empty. `ends` counts them up to each
+    # latent and with it, `owner` names the latent of each (n_latents: no such piece). Nothing waits for the device.
+    ends = starts.diff().div(PIECE, rounding_mode="floor").cumsum(0)
     further = len(order) // PIECE
     owner = torch.searchsorted(ends, torch.arange(further, device=x.device), right=True)
     pieces = x.new_empty(further, d, dtype=torch.float32)
@@ -293,7 +293,7 @@ def _prefix_kernel(
     first = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32) - wanted
     error = first
     squares = tl.load(weights) * first * first
-    for t in range(k):
+    for t in tl.range(k, loop_unroll_factor=4):  # so that four rows are under way at once
         row = tl.load(decoder + tl.load(indices + t).to(tl.int64) * d + columns, mask=inside, other=0.0).to(tl.float32)
         error += tl.load(values + t).to(tl.float32) * row
         squares += tl.load(weights + t + 1) * error * error
@@ -302,11 +302,15 @@ def _prefix_kernel(
     if GRADIENTS:
         d_values += (slice_of_d.to(tl.int64) * tokens + token) * k
         after = tl.zeros([BLOCK], tl.float32)  # S_t
+        earlier = tl.load(indices + k - 1).to(tl.int64)
+        row_of_earlier = tl.load(decoder + earlier * d + columns, mask=inside, other=0.0).to(tl.float32)
         for step in range(k):
             t = k - 1 - step
-            latent = tl.load(indices + t).to(tl.int64)
+            latent, row = earlier, row_of_earlier
+            # The next row is asked for before this one's atomics, which no load may pass.
+            earlier = tl.load(indices + tl.maximum(t - 1, 0)).to(tl.int64)
+            row_of_earlier = tl.load(decoder + earlier * d + columns, mask=inside, other=0.0).to(tl.float32)
             value = tl.load(values + t).to(tl.float32)
-            row = tl.load(decoder + latent * d + columns, mask=inside, other=0.0).to(tl.float32)
             after += 2 * tl.load(weights + t + 1) * error
             tl.store(d_values + t, tl.sum(row * after, 0))
             if INTO_DECODER:  # noqa: SIM102
