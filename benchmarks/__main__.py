@@ -14,8 +14,8 @@ from benchmarks.peers import ROOT
 __all__ = ["main", "shortfalls"]
 
 SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training", "sae_methods", "kron_claims")
-LONG = ("sae_rates", "gemma_dictionaries")
-"""Run only when named."""
+LONG = ("sae_rates", "gemma_dictionaries", "gpu")
+"""Run only when named: they take long, or a GPU."""
 
 
 def main() -> int:
@@ -31,8 +31,9 @@ def main() -> int:
         name for name in names if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT).returncode
     ]
     console = Console(soft_wrap=True, highlight=False)
-    for line in shortfalls([name for name in names if name not in failed]):
-        console.print(line)
+    if ran := [name for name in names if name not in failed]:
+        for line in shortfalls(ran):
+            console.print(line)
     for name in failed:
         console.print(f"[bold red]{name} could not be run; what it printed is above[/]")
     return 1 if failed else 0

@@ -17,9 +17,15 @@ os.environ["MPLBACKEND"] = "Agg"
 # Threads that wait should not spin: on a busy machine that takes the time of those that work.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["GOMP_SPINCOUNT"] = "0"
+# Where Triton can be imported, sparsify takes its kernels on a CPU as well, and fails.
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 
 import pytest
 import torch
+
+# Ours run in Triton's interpreter without a GPU, which Triton is told before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from trimtab.gallery.testbeds import real_models
 from trimtab.gallery.testbeds.micro import micro_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import kernels, measure, sae_methods, sae_rates, sae_training, trust_region
+from benchmarks import gpu, kernels, measure, sae_methods, sae_rates, sae_training, trust_region
 from benchmarks.measure import Row, Target, Times
 from benchmarks.sae_arms import Setting
 
@@ -131,6 +131,27 @@ def test_dense_products_are_the_same_products() -> None:
         if name.startswith("top_products"):  # unsorted
             mine, other = mine.sort().values, other.sort().values
         torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_what_is_timed_on_a_gpu_gives_the_same_losses_and_gradients() -> None:
+    tensors = gpu.case(5, 7, 30, 4, "cpu")
+    calls = gpu.losses(tensors, lambda function: function)
+    for name in ("hierarchical", "topk"):
+        for mine, plain in zip(calls[name](), calls[f"plain {name}"](), strict=True):
+            torch.testing.assert_close(mine, plain)
+        step = gpu.steps(tensors)[name]()
+        # The steps' losses are sums over d in units of a variance of 1, the others means.
+        torch.testing.assert_close(step.loss, 7 * calls[name]()[0])
+        torch.testing.assert_close(step.d_values, 7 * calls[name]()[1])
+
+
+@pytest.mark.parametrize("lacking", ["device", "triton"])
+def test_without_a_gpu_the_benchmark_says_that_it_needs_one(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: lacking != "device")
+    monkeypatch.setattr(gpu.kernels, "HAS_TRITON", lacking != "triton")
+    with pytest.raises(SystemExit, match="needs a CUDA device and the package triton") as stopped:
+        gpu.main()
+    assert stopped.value.code != 0
 
 
 def test_bisection_finds_the_blend_that_newton_finds() -> None:

@@ -277,4 +277,4 @@ def _add_aux_gradients(
 
 def _sum_by_index(values: Tensor, indices: Tensor, size: int) -> Tensor:
     """Column sums of the sparse [tokens, size] matrix that holds `values` at `indices`."""
-    return torch.bincount(indices.reshape(-1), weights=values.reshape(-1), minlength=size).to(values.dtype)
+    return values.new_zeros(size).index_add_(0, indices.reshape(-1), values.reshape(-1))

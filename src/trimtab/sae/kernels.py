@@ -11,14 +11,22 @@ With a weight `W` [n_latents, d] whose rows are latents, and for each token k la
 matrix product and `add_outer` a sparse-dense product over the transposed pattern; both write into memory that the
 caller may keep from step to step, since the pages of a fresh 40 MiB gradient cost ten times the arithmetic.
 
-These are the plain-PyTorch forms, for any device; `trimtab.sae.functional` is written on top of them and is the
-place where formulas live.
+Each has two forms with equal results and gradients: plain PyTorch, for any device and dtype, which is what is written
+here; and Triton, in `trimtab.sae.triton_kernels`, which the functions take by themselves where `triton_forms` says so.
+`trimtab.sae.functional` is written on top of them and is the place where formulas live.
+
+The Triton forms of these four give the same bits for the same input. What adds in no fixed order on a CUDA device is
+the decoder's gradient of a prefix loss (`trimtab.sae.objectives`) and the gradient of the encoder's bias. As everywhere
+in PyTorch, `torch.use_deterministic_algorithms(True)` is the switch: the prefix loss then takes its PyTorch form, and
+PyTorch another way to sum. (cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 besides.)
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -26,7 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Precision", "add_outer", "candidates", "mix_rows", "row_products", "top_products"]
+__all__ = ["Precision", "add_outer", "candidates", "mix_rows", "row_products", "top_products", "triton_forms"]
 
 Precision = Literal["float32", "screened", "bfloat16"]
 
@@ -35,6 +43,17 @@ BLOCK_ELEMENTS = 1 << 24
 
 SCREENING_MARGIN = 1.5
 """With `precision="screened"`, how many times k candidates the bfloat16 product proposes."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def triton_forms(tensor: Tensor) -> ModuleType | None:
+    """`trimtab.sae.triton_kernels` if it is to work on tensors like this one: on CUDA, 32 bits at most; else None."""
+    if not (HAS_TRITON and tensor.is_cuda and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)):
+        return None
+    from trimtab.sae import triton_kernels  # not before: importing Triton takes its time
+
+    return triton_kernels
 
 
 def top_products(
@@ -64,13 +83,19 @@ def top_products(
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         product = torch.addmm(shift, rows[start:stop], columns, out=block[: stop - start])
-        top = product.topk(proposed, dim=-1, sorted=False)
-        values[start:stop], indices[start:stop] = top.values, top.indices
+        values[start:stop], indices[start:stop] = _top_columns(product, proposed)
     if precision != "screened":
         return values, indices
     exact = row_products(x, weight, indices) + bias[indices]
     values, chosen = exact.topk(k, dim=-1, sorted=False)
     return values, indices.gather(-1, chosen)
+
+
+def _top_columns(product: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    triton = triton_forms(product)
+    found: tuple[Tensor, Tensor]
+    found = product.topk(k, dim=-1, sorted=False) if triton is None else triton.top_columns(product, k)
+    return found
 
 
 def candidates(k: int, n_latents: int, precision: Precision) -> int:
@@ -82,6 +107,8 @@ def row_products(
     g: Float[Tensor, "tokens d"], weight: Float[Tensor, "n_latents d"], indices: Int[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens k"]:
     """`out[t, j] = <weight[indices[t, j]], g[t]>`, without gathering [tokens, k, d]."""
+    if (triton := triton_forms(weight)) is not None:
+        return triton.row_products(g, weight, indices)
     tokens, k = indices.shape
     starts = torch.arange(0, tokens * k + 1, k, device=g.device)
     pattern = _csr(starts, indices.reshape(-1), g.new_zeros(tokens * k), (tokens, weight.shape[0]))
@@ -92,6 +119,8 @@ def mix_rows(
     values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], weight: Float[Tensor, "n_latents d"]
 ) -> Float[Tensor, "tokens d"]:
     """`out[t] = sum_j values[t, j] weight[indices[t, j]]`."""
+    if (triton := triton_forms(weight)) is not None:
+        return triton.mix_rows(values, indices, weight)
     return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
 
 
@@ -105,8 +134,10 @@ def add_outer(
 ) -> Float[Tensor, "n_latents d"]:
     """`out[f] = sum over (t, j) with indices[t, j] = f of values[t, j] x[t]`, added to `out` with `accumulate`.
 
-    Tokens are summed in their order, so that the result does not depend on the number of threads.
+    The order of the sums is fixed, so that the result does not depend on the number of threads.
     """
+    if (triton := triton_forms(x)) is not None:
+        return triton.add_outer(values, indices, x, out, accumulate=accumulate)
     tokens, k = indices.shape
     flat = indices.reshape(-1)
     order = flat.argsort(stable=True)

@@ -23,7 +23,8 @@ All of them are one function, `prefix_loss`, with other weights:
 `prefix_loss_reference` is the specification, through a [tokens, K, d] tensor and autograd. The fast form goes through
 blocks of tokens and, within them, of `RANKS` ranks: with r the error before a block and V its values, all its errors
 are r + tril(V) D[i], one small matrix product, and all its S are the same product with the triangle turned over. No
-tensor of tokens x K x d is held, and the gradient is found in the same pass as the loss.
+tensor of tokens x K x d is held, and the gradient is found in the same pass as the loss. On a CUDA device the same is
+one fused kernel of `trimtab.sae.triton_kernels`.
 """
 
 from __future__ import annotations
@@ -366,10 +367,18 @@ def prefix_loss_and_gradients(
 ) -> PrefixGradients:
     """L and its gradients, block by block of tokens; dL/dD is added to `d_decoder` where that is given.
 
-    Tokens are taken in their order, so that on a CPU the result does not depend on the number of threads.
+    Tokens are taken in their order, so that on a CPU the result does not depend on the number of threads. On a CUDA
+    device one fused Triton kernel does it all, unless `kernels.triton_forms`, the wish for determinism or a decoder
+    that several processes hold forbids it.
     processes: those that hold the decoder together: `decoder` and `d_decoder` have this one's rows, while latents,
         target and what is returned are the same for all.
     """
+    triton = kernels.triton_forms(decoder) if processes.shards == 1 else None
+    if triton is not None and (d_decoder is None or not torch.are_deterministic_algorithms_enabled()):
+        fused = triton.prefix_loss_and_gradients(
+            values, indices, decoder, decoder_bias, target, weights, d_decoder=d_decoder, with_gradients=with_gradients
+        )
+        return PrefixGradients(*fused)
     tokens, k = values.shape
     d = decoder.shape[1]
     wide = torch.promote_types(decoder.dtype, torch.float32)
