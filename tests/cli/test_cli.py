@@ -235,6 +235,13 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     assert variances[1] > variances[0] - 0.05
     assert main(["sae", "show", base, "--prompt", "w1 w2"]) == 0
     assert "at most" not in capsys.readouterr().out
+    more["encoder_input"] = "error"
+    assert main(command(bed, tmp_path / "of-error", n_latents="8", k="2", **more)) == 0
+    directory = str(tmp_path / "of-error" / "resid.0")
+    assert main(["sae", "eval", directory, *text]) == 0
+    found = json.loads((Path(directory) / "evaluation.json").read_text())["explained_variance"]
+    assert found > variances[0] - 0.05
+    assert "reads the error" in refused(["sae", "show", directory, "--prompt", "w1 w2"], capsys)
 
 
 @pytest.mark.parametrize("options", [{"kron": "2 4"}, {"objective": "hierarchical", "budgets": "1 4"}])

@@ -23,7 +23,7 @@ from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
 from trimtab.sae.functional import Sparsifier
 from trimtab.sae.harvest import Harvest, HarvestConfig, Mixture, ShardCache, ShardSource
-from trimtab.sae.jumprelu import JumpReLUSAE
+from trimtab.sae.jumprelu import EncoderInput, JumpReLUSAE
 from trimtab.sae.metrics import evaluate as evaluate_sae
 from trimtab.sae.modeling import TopKSAE
 from trimtab.sae.plan import plan
@@ -80,6 +80,7 @@ def train(
     budgets: list[int] = [],  # noqa: B006
     sparsifier: Sparsifier = "topk",
     base: str | None = None,
+    encoder_input: EncoderInput = "input",
     start: str | None = None,
     replay_text: str | None = None,
     replay_share: float = 0.1,
@@ -111,6 +112,7 @@ def train(
         budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
         sparsifier: topk, or batch_topk: k latents on average, and thresholds (JumpReLU) at inference
         base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
+        encoder_input: with base, what the new encoder reads: the input, or the error that the base leaves
         start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
         replay_text: general text whose activations are mixed in: a file, folder or dataset as for text
         replay_share: its share of the activations
@@ -134,6 +136,7 @@ def train(
             budgets=tuple(budgets) or None,
             sparsifier=sparsifier,
             base=base,
+            encoder_input=encoder_input,
             start=start,
             seed=seed,
         )
@@ -222,7 +225,7 @@ def explain(
     """
     if not 1 <= n_latents <= MAX_LATENTS:
         raise TrimtabError(f"n_latents={n_latents} must lie between 1 and {MAX_LATENTS}")
-    sae, place, target = _open(directory)
+    sae, place, target = _open_reader(directory)
     lm, tokenizer, layers = _model(sae, model, trust_remote_code)
     live = Harvest(
         lm, tokenizer, text.source(tokenizer), [place, target or place], _trained_harvest(sae), layers=layers
@@ -261,7 +264,7 @@ def show(
     """
     if top < 1:
         raise TrimtabError(f"top={top} must be at least 1")
-    sae, place, _ = _open(directory)
+    sae, place, _ = _open_reader(directory)
     lm, tokenizer, layers = _model(sae, model, trust_remote_code)
     bound = "" if isinstance(sae, JumpReLUSAE) else f" of at most {sae.config.k}"
     table = Table("token", f"strongest {top}{bound} latents", title=f"{directory}, {place}")
@@ -275,6 +278,16 @@ def _open(directory: Path) -> tuple[TopKSAE, str, str | None]:
     """The dictionary, the place that it reads, and the one that it writes if another."""
     sae = TopKSAE.from_pretrained(directory)
     return (sae, *place_of(sae))
+
+
+def _open_reader(directory: Path) -> tuple[TopKSAE, str, str | None]:
+    """`_open`, for a dictionary that reads the model itself."""
+    sae, place, target = _open(directory)
+    if isinstance(sae, JumpReLUSAE) and sae.config.encoder_input == "error":
+        raise TrimtabError(
+            f"{str(directory)!r} reads the error of another dictionary; accepted: one that reads the model"
+        )
+    return sae, place, target
 
 
 def _with_base(sae: TopKSAE, model: Any) -> TopKSAE | BoostedSAE:

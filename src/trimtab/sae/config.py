@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.functional import Sparsifier
+from trimtab.sae.jumprelu import EncoderInput
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import (
     RECONSTRUCTION,
@@ -42,6 +43,8 @@ class DictionaryConfig:
         budget_weights: hierarchical: a weight for each of `budgets`; None for equal ones
         sparsifier: topk, or batch_topk: k latents on average over a batch, and thresholds (JumpReLU) at inference
         base: directory of a finished dictionary of `place`: what it leaves over is learned (SAE Boost, batch_topk)
+        encoder_input: with base, what the encoder reads: the input x, as the paper has it, or the error x - base(x),
+            which is small wherever the base is good; such a one cannot be stitched to its base
         start: directory of a finished dictionary of this shape, whose weights are the initial ones: fine-tuning
         seed: of its initial weights
     """
@@ -57,6 +60,7 @@ class DictionaryConfig:
     budget_weights: tuple[float, ...] | None = None
     sparsifier: Sparsifier = "topk"
     base: str | None = None
+    encoder_input: EncoderInput = "input"
     start: str | None = None
     seed: int = 0
 
@@ -77,6 +81,10 @@ class DictionaryConfig:
             raise unknown("sparsifier", self.sparsifier, get_args(Sparsifier))
         if self.base is not None and (self.target is not None or self.kron is not None):
             raise TrimtabError(f"base={self.base!r}: what it leaves over is learned by dense autoencoders only")
+        if self.encoder_input not in get_args(EncoderInput):
+            raise unknown("encoder_input", self.encoder_input, get_args(EncoderInput))
+        if self.encoder_input == "error" and self.base is None:
+            raise TrimtabError(f"encoder_input={self.encoder_input!r} needs base: the error is what a base leaves over")
         if self.kron_activation not in ACTIVATIONS:
             raise unknown("kron_activation", self.kron_activation, ACTIVATIONS)
         if self.start is not None and (self.base is not None or self.kron is not None):

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.encodings import Latents, blocks
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
-__all__ = ["BatchThreshold", "JumpReLUSAE", "JumpReLUSAEConfig"]
+__all__ = ["BatchThreshold", "EncoderInput", "JumpReLUSAE", "JumpReLUSAEConfig"]
+
+EncoderInput = Literal["input", "error"]
 
 
 @dataclass
@@ -50,11 +53,22 @@ class BatchThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class JumpReLUSAEConfig(TopKSAEConfig):
-    """The shape of a JumpReLU dictionary. It has no bound on a token's latents: k is n_latents, and is not given."""
+    """The shape of a JumpReLU dictionary. It has no bound on a token's latents: k is n_latents, and is not given.
+
+    encoder_input: what it is to be given: an activation, or the "error" that another dictionary leaves of one, which
+    `trimtab.sae.boosted` computes.
+    """
 
     k: int = field(init=False)
+    encoder_input: EncoderInput = "input"
 
     def __post_init__(self) -> None:
+        if self.encoder_input not in get_args(EncoderInput):
+            raise unknown("encoder_input", self.encoder_input, get_args(EncoderInput))
+        if self.encoder_input == "error" and self.transcoder:
+            raise TrimtabError(
+                "encoder_input='error' has no meaning with transcoder=True: an error is read and written"
+            )
         object.__setattr__(self, "k", self.n_latents)
         super().__post_init__()
 

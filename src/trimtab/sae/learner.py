@@ -124,7 +124,7 @@ class Learner:
         shape = dataclasses.replace(self.sae.config, metadata=metadata)
         if self.config.batch_topk:
             fields = {name: value for name, value in shape.to_dict().items() if name != "k"}
-            sae: TopKSAE = JumpReLUSAE(JumpReLUSAEConfig(**fields))
+            sae: TopKSAE = JumpReLUSAE(JumpReLUSAEConfig(**fields, encoder_input=self.config.encoder_input))
             threshold = torch.full((shape.n_latents,), self.threshold.value)
             sae.load_state_dict(self.sae.state_dict() | {"threshold": threshold})
         else:
@@ -212,8 +212,8 @@ class Learner:
         """What is read and what is to be written, in float32 and in the activations' own units."""
         source = rows[self.config.place].float()
         if self.base is not None:
-            found = torch.cat([self.base(part) for part in source.split(BASE_ROWS)])
-            return source, source - found
+            error = source - torch.cat([self.base(part) for part in source.split(BASE_ROWS)])
+            return (error if self.config.encoder_input == "error" else source), error
         return source, source if self.config.target is None else rows[self.config.target].float()
 
     def _active(self, latents: Latents) -> Tensor:
@@ -252,6 +252,8 @@ def open_base(config: DictionaryConfig) -> TopKSAE:
             raise TrimtabError(f"base={config.base!r} reads place {place!r}, this dictionary {config.place!r}")
         case {"hook_name": str(hook)} if hook != _hook_of(config.place, hook):
             raise TrimtabError(f"base={config.base!r} reads hook {hook!r}, this dictionary place {config.place!r}")
+    if isinstance(base, JumpReLUSAE) and base.config.encoder_input == "error":
+        raise TrimtabError(f"base={config.base!r} reads the error of another dictionary; accepted: one that reads x")
     if base.config.transcoder:
         raise TrimtabError(f"base={config.base!r} is a transcoder; accepted: an autoencoder")
     return base
