@@ -21,6 +21,7 @@ from trimtab.gallery.report import MAX_LATENTS, render
 from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
+from trimtab.sae.extended import ExtendInit
 from trimtab.sae.functional import Sparsifier
 from trimtab.sae.harvest import Harvest, HarvestConfig, Mixture, ShardCache, ShardSource
 from trimtab.sae.jumprelu import EncoderInput, JumpReLUSAE
@@ -82,6 +83,9 @@ def train(
     base: str | None = None,
     encoder_input: EncoderInput = "input",
     start: str | None = None,
+    extend: str | None = None,
+    extend_init: ExtendInit = "random",
+    train_decoder: bool = True,
     replay_text: str | None = None,
     replay_share: float = 0.1,
     dtype: Dtype = "float32",
@@ -114,6 +118,9 @@ def train(
         base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
         encoder_input: with base, what the new encoder reads: the input, or the error that the base leaves
         start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
+        extend: directory of a finished dictionary whose latents stay and to which new ones are added, under one budget
+        extend_init: with extend, how new latents begin: random, or as copies of the most_active old ones
+        train_decoder: false keeps the random rows of the first decoder, as a control
         replay_text: general text whose activations are mixed in: a file, folder or dataset as for text
         replay_share: its share of the activations
         dtype: of the language model
@@ -138,6 +145,9 @@ def train(
             base=base,
             encoder_input=encoder_input,
             start=start,
+            extend=extend,
+            extend_init=extend_init,
+            train_decoder=train_decoder,
             seed=seed,
         )
         for place, size, active, seed in itertools.product(places, n_latents, k, seeds)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trimtab.core.errors import TrimtabError, unknown
+from trimtab.sae.extended import ExtendInit
 from trimtab.sae.functional import Sparsifier
 from trimtab.sae.jumprelu import EncoderInput
 from trimtab.sae.kernels import Precision
@@ -46,6 +47,11 @@ class DictionaryConfig:
         encoder_input: with base, what the encoder reads: the input x, as the paper has it, or the error x - base(x),
             which is small wherever the base is good; such a one cannot be stitched to its base
         start: directory of a finished dictionary of this shape, whose weights are the initial ones: fine-tuning
+        extend: directory of a finished dictionary of `place`, whose latents are the first of this one and stay as they
+            are; n_latents and k count old and new ones together
+        extend_init: with extend, how new latents begin: random, or as copies of the most_active old ones
+        train_decoder: False keeps the decoder's first rows, random ones unless start gives others: the control for
+            what a random direction already explains
         seed: of its initial weights
     """
 
@@ -62,6 +68,9 @@ class DictionaryConfig:
     base: str | None = None
     encoder_input: EncoderInput = "input"
     start: str | None = None
+    extend: str | None = None
+    extend_init: ExtendInit = "random"
+    train_decoder: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +98,14 @@ class DictionaryConfig:
             raise unknown("kron_activation", self.kron_activation, ACTIVATIONS)
         if self.start is not None and (self.base is not None or self.kron is not None):
             raise TrimtabError(f"start={self.start!r} has no meaning with base or kron: it is for dense dictionaries")
+        if self.extend is not None and (self.start or self.base or self.kron or self.target):
+            raise TrimtabError(
+                f"extend={self.extend!r} has no meaning with start, base, kron or target: it is for dense autoencoders"
+            )
+        if self.extend_init not in get_args(ExtendInit):
+            raise unknown("extend_init", self.extend_init, get_args(ExtendInit))
+        if self.extend is None and self.extend_init != "random":
+            raise TrimtabError(f"extend_init={self.extend_init!r} needs extend: it copies latents of that dictionary")
         if self.batch_topk and (self.kron is not None or self.objective in ("hierarchical", "multi_topk")):
             raise TrimtabError(
                 f"batch_topk has no meaning for kron={self.kron}, objective={self.objective!r}: a threshold "

@@ -8,6 +8,7 @@ and most latents would die.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from trimtab.core.activations import tl_hook_name
 from trimtab.core.errors import TrimtabError
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.encodings import Latents
+from trimtab.sae.extended import extend_weights, restore
 from trimtab.sae.functional import Weights, loss_and_gradients
 from trimtab.sae.jumprelu import BatchThreshold, JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAE, KronSAEConfig
@@ -53,6 +55,8 @@ class Learner:
         self.objective = config.training_objective
         self.threshold = BatchThreshold()
         self.base = None if config.base is None else open_base(config).to(device)
+        self.old = None if config.extend is None else open_base(config).to(device)
+        self.fixed = 0 if self.old is None else self.old.config.n_latents  # so many latents, the first, stay
         self.k_aux = training.k_aux or 2 ** round(math.log2(max(widths[1] / 2, 1)))
         self.weights = self.sae.weights
         self.gradients = Weights(*(torch.zeros_like(weight) for weight in self.weights))
@@ -73,6 +77,9 @@ class Learner:
         self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
         if config.start is not None:
             self._start_from(config.start, source)
+            return self
+        if self.old is not None:
+            self._extend(self.old, source)
             return self
         source, target = source / self.input_scale, target / self.output_scale
         sae = self.sae
@@ -133,6 +140,8 @@ class Learner:
         with torch.no_grad():
             sae.encoder_bias.sub_((self.sae.encoder @ self.input_mean).to(sae.device))
         sae.fold_scales(self.input_scale, self.output_scale)
+        if self.old is not None:
+            restore(sae, self.old)  # what scaling to and fro has rounded
         return sae
 
     def step(self, batch: Mapping[str, Tensor], accelerator: Accelerator, learning_rate: float, step: int) -> None:
@@ -142,6 +151,7 @@ class Learner:
         source, target = source / self.input_scale, target / self.output_scale
         centred = source if self.sae.config.apply_b_dec_to_input else source - self.input_mean
         dead = (self.silent_tokens >= training.dead_after_tokens).nonzero()[:, 0]
+        dead = dead[dead >= self.fixed]
         output = loss_and_gradients(
             centred,
             target,
@@ -159,8 +169,7 @@ class Learner:
             aux_tokens=max(1, round(training.aux_share * len(source))),
             precision=training.precision,
         )
-        if self.base is not None:
-            self.gradients.decoder_bias.zero_()  # a residual dictionary has none
+        self._hold()
         active = self._active(output.latents)
         losses = torch.stack([output.loss, output.aux_loss])
         if accelerator.num_processes > 1:
@@ -188,24 +197,51 @@ class Learner:
     @torch.no_grad()
     def _start_from(self, directory: str, source: Tensor) -> None:
         """Take the weights of a finished dense dictionary, in scaled units; `source` is what this one reads."""
-        found, shape = TopKSAE.from_pretrained(directory), self.sae.config
-        if isinstance(found, KronSAE):
-            raise TrimtabError(f"start={directory!r} is a KronSAE; accepted: a dense dictionary")
-        for name in ("d_in", "n_latents", "output_width", "transcoder", "apply_b_dec_to_input"):
-            mine, other = getattr(shape, name), getattr(found.config, name)
-            if mine != other:
-                raise TrimtabError(f"start={directory!r} has {name}={other}, this dictionary {mine}")
+        found = TopKSAE.from_pretrained(directory)
+        self._check_shape(found, f"start={directory!r}", "n_latents")
         if self.training.unit_norm_decoder:
             norms = found.decoder.norm(dim=-1)
             found.encoder.mul_(norms[:, None])
             found.encoder_bias.mul_(norms)
             found.decoder.div_(norms.where(norms > 0, 1.0)[:, None])
-        found = found.float().to(self.sae.device)
+        self._scale_in(found, source)
+        self.sae.load_state_dict({name: w for name, w in found.state_dict().items() if name != "threshold"})
+
+    @torch.no_grad()
+    def _extend(self, old: TopKSAE, source: Tensor) -> None:
+        """Begin with the latents of `old`, in scaled units, and new ones after them."""
+        self._check_shape(old, f"extend={self.config.extend!r}")
+        if not self.fixed < self.config.n_latents:
+            raise TrimtabError(f"n_latents={self.config.n_latents} must be more than the {self.fixed} to extend")
+        found = copy.deepcopy(old)
+        self._scale_in(found, source)
+        centred = source / self.input_scale - self.input_mean
+        extend_weights(self.weights, found, centred, init=self.config.extend_init, seed=self.config.seed)
+
+    def _check_shape(self, found: TopKSAE, what: str, *more: str) -> None:
+        if isinstance(found, KronSAE):
+            raise TrimtabError(f"{what} is a KronSAE; accepted: a dense dictionary")
+        for name in ("d_in", "output_width", "transcoder", "apply_b_dec_to_input", *more):
+            mine, other = getattr(self.sae.config, name), getattr(found.config, name)
+            if mine != other:
+                raise TrimtabError(f"{what} has {name}={other}, this dictionary {mine}")
+
+    def _scale_in(self, found: TopKSAE, source: Tensor) -> None:
+        """Turn `found` into one of scaled units; `source` is what this dictionary reads."""
+        found.float().to(self.sae.device)
         found.fold_scales(1 / self.input_scale, 1 / self.output_scale)
-        if not shape.apply_b_dec_to_input:
+        if not self.sae.config.apply_b_dec_to_input:
             self.input_mean.copy_((source / self.input_scale).mean(0))
             found.encoder_bias.add_(found.encoder @ self.input_mean)
-        self.sae.load_state_dict({name: w for name, w in found.state_dict().items() if name != "threshold"})
+
+    def _hold(self) -> None:
+        """Take the gradient away from what stays; AdamW without moments and decay leaves it bit for bit."""
+        if self.base is not None or self.old is not None:
+            self.gradients.decoder_bias.zero_()
+        for gradient in (self.gradients.encoder, self.gradients.encoder_bias, self.gradients.decoder):
+            gradient[: self.fixed].zero_()
+        if not self.config.train_decoder:
+            self.gradients.decoder.zero_()
 
     @torch.no_grad()
     def _pair(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -239,23 +275,26 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        if self.training.unit_norm_decoder:
-            decoder.div_(decoder.norm(dim=-1, keepdim=True))
+        if self.training.unit_norm_decoder and self.config.train_decoder:
+            moving = decoder[self.fixed :]
+            moving.div_(moving.norm(dim=-1, keepdim=True))
 
 
 def open_base(config: DictionaryConfig) -> TopKSAE:
-    """The frozen dictionary that `config` adds to. Raises TrimtabError where it is of another place."""
-    assert config.base is not None
-    base = TopKSAE.from_pretrained(config.base).requires_grad_(False)
+    """The frozen dictionary that `config` adds to or extends. Raises TrimtabError where it is of another place."""
+    directory = config.base or config.extend
+    assert directory is not None
+    what = f"{'extend' if config.base is None else 'base'}={directory!r}"
+    base = TopKSAE.from_pretrained(directory).requires_grad_(False)
     match base.config.metadata:
         case {"trimtab": {"place": str(place)}} if place != config.place:
-            raise TrimtabError(f"base={config.base!r} reads place {place!r}, this dictionary {config.place!r}")
+            raise TrimtabError(f"{what} reads place {place!r}, this dictionary {config.place!r}")
         case {"hook_name": str(hook)} if hook != _hook_of(config.place, hook):
-            raise TrimtabError(f"base={config.base!r} reads hook {hook!r}, this dictionary place {config.place!r}")
+            raise TrimtabError(f"{what} reads hook {hook!r}, this dictionary place {config.place!r}")
     if isinstance(base, JumpReLUSAE) and base.config.encoder_input == "error":
-        raise TrimtabError(f"base={config.base!r} reads the error of another dictionary; accepted: one that reads x")
+        raise TrimtabError(f"{what} reads the error of another dictionary; accepted: one that reads x")
     if base.config.transcoder:
-        raise TrimtabError(f"base={config.base!r} is a transcoder; accepted: an autoencoder")
+        raise TrimtabError(f"{what} is a transcoder; accepted: an autoencoder")
     return base
 
 

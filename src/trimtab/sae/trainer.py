@@ -103,6 +103,8 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
                 name += f"-kron{dictionary.kron[0]}x{dictionary.kron[1]}"
             if dictionary.base is not None:
                 name += "-boost"
+            elif dictionary.extend is not None:
+                name += "-extended"
             elif dictionary.batch_topk:
                 name += "-batch_topk"
             if dictionary.objective != "reconstruction":
@@ -172,7 +174,8 @@ class _Run:
             "activations": shards.identity,
             "processes": world,
         }
-        bases = {d.base: _weights_digest(d.base) for d in dictionaries if d.base is not None}
+        frozen = [directory for d in dictionaries for directory in (d.base, d.extend) if directory is not None]
+        bases = {directory: _weights_digest(directory) for directory in frozen}
         self.identity |= {"bases": bases} if bases else {}
 
     def resume(self, allow_previous: bool) -> None:
