@@ -36,6 +36,7 @@ DICTIONARIES = [
     DictionaryConfig(place="x", n_latents=48, k=4),
     DictionaryConfig(place="x", target="y", n_latents=32, k=4),
     DictionaryConfig(place="x", n_latents=48, k=4, kron=(2, 4), objective="hierarchical"),
+    DictionaryConfig(place="x", n_latents=48, k=4, sparsifier="jumprelu"),
 ]
 
 

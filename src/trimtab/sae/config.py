@@ -33,7 +33,7 @@ class DictionaryConfig:
     Args:
         place: the activation that it reads, such as "resid.9"
         n_latents: size of the dictionary
-        k: latents that a token may use
+        k: latents that a token may use; with batch_topk and jumprelu, on average
         target: the activation that it writes; None for `place` itself, another place makes a transcoder
         kron: m and n of a KronSAE, whose heads have m x n latents; None for a dense encoder
         kron_activation: mand, or one of the paper's ablations: relu_product, product
@@ -42,7 +42,8 @@ class DictionaryConfig:
         budgets: hierarchical: the numbers of latents, None for all of 1 … k; matryoshka: lengths of the prefixes, the
             last of them n_latents
         budget_weights: hierarchical: a weight for each of `budgets`; None for equal ones
-        sparsifier: topk, or batch_topk: k latents on average over a batch, and thresholds (JumpReLU) at inference
+        sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
+            thresholds of each latent's own, trained towards a mean of k
         base: directory of a finished dictionary of `place`: what it leaves over is learned (SAE Boost, batch_topk)
         encoder_input: with base, what the encoder reads: the input x, as the paper has it, or the error x - base(x),
             which is small wherever the base is good; such a one cannot be stitched to its base
@@ -88,6 +89,13 @@ class DictionaryConfig:
             )
         if self.sparsifier not in get_args(Sparsifier):
             raise unknown("sparsifier", self.sparsifier, get_args(Sparsifier))
+        if self.sparsifier == "jumprelu" and (
+            self.kron or self.base or self.extend or self.objective != "reconstruction"
+        ):
+            raise TrimtabError(
+                "jumprelu has no meaning with kron, base, extend, or another objective than reconstruction: its "
+                "thresholds are trained for all latents of a dense encoder at once"
+            )
         if self.base is not None and (self.target is not None or self.kron is not None):
             raise TrimtabError(f"base={self.base!r}: what it leaves over is learned by dense autoencoders only")
         if self.encoder_input not in get_args(EncoderInput):
@@ -106,7 +114,9 @@ class DictionaryConfig:
             raise unknown("extend_init", self.extend_init, get_args(ExtendInit))
         if self.extend is None and self.extend_init != "random":
             raise TrimtabError(f"extend_init={self.extend_init!r} needs extend: it copies latents of that dictionary")
-        if self.batch_topk and (self.kron is not None or self.objective in ("hierarchical", "multi_topk")):
+        if self.selection == "batch_topk" and (
+            self.kron is not None or self.objective in ("hierarchical", "multi_topk")
+        ):
             raise TrimtabError(
                 f"batch_topk has no meaning for kron={self.kron}, objective={self.objective!r}: a threshold "
                 "needs a dense encoder, a prefix by value a number of latents for each token"
@@ -114,9 +124,9 @@ class DictionaryConfig:
         self._check_objective()
 
     @property
-    def batch_topk(self) -> bool:
-        """Whether latents are selected over a batch."""
-        return self.sparsifier == "batch_topk" or self.base is not None
+    def selection(self) -> Sparsifier:
+        """How latents are selected in training: over a batch where it adds to a base."""
+        return "batch_topk" if self.base is not None else self.sparsifier
 
     def _check_objective(self) -> None:
         if self.objective not in get_args(ObjectiveName):

@@ -39,6 +39,7 @@ from trimtab.sae import kernels
 from trimtab.sae.encodings import DenseEncoding, Encoding, Latents, batch_top
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import RECONSTRUCTION, Objective
+from trimtab.sae.thresholds import Thresholds, jump_top
 
 __all__ = [
     "Latents",
@@ -65,7 +66,7 @@ class Weights(NamedTuple):
 
 DENSE = DenseEncoding()
 
-Sparsifier = Literal["topk", "batch_topk"]
+Sparsifier = Literal["topk", "batch_topk", "jumprelu"]
 
 
 def encode_dense(
@@ -193,6 +194,7 @@ def loss_and_gradients(
     encoding: Encoding = DENSE,
     objective: Objective = RECONSTRUCTION,
     sparsifier: Sparsifier = "topk",
+    thresholds: Thresholds | None = None,
     subtract_bias: bool = True,
     dead: Int[Tensor, " n_dead"] | None = None,
     k_aux: int = 0,
@@ -203,7 +205,8 @@ def loss_and_gradients(
     """L_main, L_aux and every gradient of L, in closed form and without a [tokens, n_latents] tensor.
 
     objective: what L_main is; that of the module's docstring by default, others with |e|^2 summed over prefixes.
-    sparsifier: "topk" selects k latents of each token, "batch_topk" k tokens' worth of the whole batch.
+    sparsifier: "topk" selects k latents of each token, "batch_topk" k tokens' worth of the whole batch, "jumprelu" what
+        lies above `thresholds`, whose two gradients are overwritten too (dense encoding, float32 or float64 precision).
     dead: the indices of the latents that AuxK may use; None or empty for no AuxK.
     aux_tokens: L_aux is that of the first so many tokens; None for all. Where tokens come in random order it is an
         unbiased estimate, at that share of the cost.
@@ -214,6 +217,9 @@ def loss_and_gradients(
     k = objective.selected(k)
     if sparsifier == "topk":
         latents, pullback = encoding.top(centred, encoder, encoder_bias, k, precision=precision)
+    elif sparsifier == "jumprelu":
+        assert thresholds is not None
+        latents, pullback = jump_top(centred, encoder, encoder_bias, thresholds)
     else:
         latents, pullback = batch_top(
             encoding, centred, encoder, encoder_bias, k, decoder.shape[0], precision=precision

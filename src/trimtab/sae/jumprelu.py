@@ -9,7 +9,8 @@ Symbols: a [tokens, n_latents] the pre-activations, k the latents that a token u
                 after t batches it is divided by 1 - (1 - rate)^t
     inference   f = a where a > theta and a > 0, else 0: independent of what else is in the batch
 
-A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.encodings.batch_top` selects in training.
+A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.encodings.batch_top` selects in training; thresholds
+of each latent's own are trained by `trimtab.sae.thresholds`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from trimtab.core.errors import TrimtabError, unknown
-from trimtab.sae.encodings import Latents, blocks
+from trimtab.sae.encodings import Latents, blocks, joined
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 __all__ = ["BatchThreshold", "EncoderInput", "JumpReLUSAE", "JumpReLUSAEConfig"]
@@ -98,12 +98,8 @@ class JumpReLUSAE(TopKSAE):
             parts.append(Latents(fires.gather(-1, indices), indices))
         if not parts:
             parts = [Latents(flat.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=flat.device))]
-        width = max(part.values.shape[-1] for part in parts)
-        values, indices = (
-            torch.cat([F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors])
-            for tensors in zip(*parts, strict=True)
-        )
-        shape = (*x.shape[:-1], width)
+        values, indices = joined(parts)
+        shape = (*x.shape[:-1], values.shape[-1])
         return Latents(values.view(shape), indices.view(shape))
 
     def encode(self, x: Float[Tensor, "*tokens d_in"], k: int | None = None) -> Float[Tensor, "*tokens n_latents"]:

@@ -21,12 +21,13 @@ from torch import Tensor
 from trimtab.core.activations import tl_hook_name
 from trimtab.core.errors import TrimtabError
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
-from trimtab.sae.encodings import Latents
+from trimtab.sae.encodings import Latents, batch_top
 from trimtab.sae.extended import extend_weights, restore
-from trimtab.sae.functional import Weights, loss_and_gradients
+from trimtab.sae.functional import DENSE, Weights, loss_and_gradients
 from trimtab.sae.jumprelu import BatchThreshold, JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAE, KronSAEConfig
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
+from trimtab.sae.thresholds import Thresholds
 
 __all__ = ["Learner", "open_base"]
 
@@ -35,7 +36,8 @@ BASE_ROWS = 4096
 
 INITIAL_SHARE = 0.1
 """Of the target's norm in the first reconstructions. Gao et al. have 1; with less the encoder turns sooner, and short
-runs explain more."""
+runs explain more. Thresholds that train have 1: at a tenth they would have to grow with the encoder, and a short run is
+over before they have."""
 
 
 class Learner:
@@ -54,6 +56,9 @@ class Learner:
         self.sae = _fresh(config, training, widths).to(device)
         self.objective = config.training_objective
         self.threshold = BatchThreshold()
+        self.thresholds = None if config.selection != "jumprelu" else Thresholds(config.n_latents, device=device)
+        if self.thresholds is not None and training.precision != "float32":
+            raise TrimtabError(f"precision={training.precision!r}; accepted for jumprelu: 'float32'")
         self.base = None if config.base is None else open_base(config).to(device)
         self.old = None if config.extend is None else open_base(config).to(device)
         self.fixed = 0 if self.old is None else self.old.config.n_latents  # so many latents, the first, stay
@@ -91,9 +96,11 @@ class Learner:
             found = (sae(source[:1024] - self.input_mean) - sae.decoder_bias).norm()
             if found > 0:
                 shape = sae.config
-                wanted = INITIAL_SHARE * (target[:1024] - sae.decoder_bias).norm()
+                share = INITIAL_SHARE if self.thresholds is None else 1.0
+                wanted = share * (target[:1024] - sae.decoder_bias).norm()
                 sae.scale_latents((wanted / found).item())
                 sae.config = shape  # a KronSAE's eps is of training, whatever the first scale
+        self._first_thresholds(source)
         return self
 
     @classmethod
@@ -110,6 +117,8 @@ class Learner:
         self.input_mean.copy_(state["input_mean"])
         self.input_scale, self.output_scale = state["scales"]
         self.threshold = BatchThreshold(*state["threshold"])
+        if self.thresholds is not None:
+            self.thresholds.load(state["thresholds"])
         self.losses = state["losses"]
         return self
 
@@ -124,15 +133,18 @@ class Learner:
             "scales": [self.input_scale, self.output_scale],
             "threshold": [self.threshold.rate, self.threshold.sum, self.threshold.batches],
             "losses": self.losses,
+            "thresholds": None if self.thresholds is None else self.thresholds.state(),
         }
 
     def finished(self, metadata: dict[str, Any]) -> TopKSAE:
-        """A copy in the activations' own units, that carries `metadata`; with BatchTopK, one with thresholds."""
+        """A copy in the activations' own units, that carries `metadata`; with thresholds unless it is TopK's."""
         shape = dataclasses.replace(self.sae.config, metadata=metadata)
-        if self.config.batch_topk:
+        if self.config.selection != "topk":
             fields = {name: value for name, value in shape.to_dict().items() if name != "k"}
             sae: TopKSAE = JumpReLUSAE(JumpReLUSAEConfig(**fields, encoder_input=self.config.encoder_input))
             threshold = torch.full((shape.n_latents,), self.threshold.value)
+            if self.thresholds is not None:
+                threshold = self.thresholds.value
             sae.load_state_dict(self.sae.state_dict() | {"threshold": threshold})
         else:
             sae = type(self.sae)(shape)
@@ -161,7 +173,8 @@ class Learner:
             variance=float(target.shape[1]),
             encoding=self.sae.config.encoding,
             objective=self.objective,
-            sparsifier="batch_topk" if self.config.batch_topk else "topk",
+            sparsifier=self.config.selection,
+            thresholds=self.thresholds,
             subtract_bias=self.sae.config.apply_b_dec_to_input,
             dead=dead,
             k_aux=self.k_aux,
@@ -173,18 +186,22 @@ class Learner:
         active = self._active(output.latents)
         losses = torch.stack([output.loss, output.aux_loss])
         if accelerator.num_processes > 1:
-            for gradient in self.gradients:
+            more = () if self.thresholds is None else (self.thresholds.d_loss, self.thresholds.d_l0)
+            for gradient in (*self.gradients, *more):
                 torch.distributed.all_reduce(gradient)
                 gradient.div_(accelerator.num_processes)
             active = accelerator.reduce(active, "sum")
             losses = accelerator.reduce(losses, "mean")
         self._update(learning_rate, losses, step)
-        if self.config.batch_topk:
+        tokens = len(source) * accelerator.num_processes
+        if self.thresholds is not None:
+            rate = learning_rate * math.sqrt(source.shape[1])
+            self.thresholds.step(rate, active.sum().item() / tokens, self.config.k)
+        if self.config.selection == "batch_topk":
             smallest = output.latents.values.where(output.latents.values > 0, torch.inf).min()
             if accelerator.num_processes > 1:
                 torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
             self.threshold.update(smallest.item())
-        tokens = len(source) * accelerator.num_processes
         self.silent_tokens.add_(tokens).masked_fill_(active > 0, 0)
         self.fired.add_(active)
         self.losses = {
@@ -204,8 +221,26 @@ class Learner:
             found.encoder.mul_(norms[:, None])
             found.encoder_bias.mul_(norms)
             found.decoder.div_(norms.where(norms > 0, 1.0)[:, None])
+            if isinstance(found, JumpReLUSAE):
+                found.threshold.mul_(norms)
         self._scale_in(found, source)
         self.sae.load_state_dict({name: w for name, w in found.state_dict().items() if name != "threshold"})
+        if self.thresholds is not None and isinstance(found, JumpReLUSAE) and (found.threshold > 0).all():
+            self.thresholds.log.copy_(found.threshold.log())
+        else:
+            self._first_thresholds(source / self.input_scale)
+
+    @torch.no_grad()
+    def _first_thresholds(self, source: Tensor) -> None:
+        """Thresholds, where they train, that let k latents a token through."""
+        if self.thresholds is None:
+            return
+        x = source[:1024] - (self.sae.decoder_bias if self.sae.config.apply_b_dec_to_input else self.input_mean)
+        latents, _ = batch_top(DENSE, x, self.sae.encoder, self.sae.encoder_bias, self.config.k, self.config.n_latents)
+        kept = latents.values[latents.values > 0]
+        if not len(kept):
+            raise TrimtabError(f"no latent of start={self.config.start!r} fires on the first activations")
+        self.thresholds.log.fill_(kept.min().log())
 
     @torch.no_grad()
     def _extend(self, old: TopKSAE, source: Tensor) -> None:
@@ -255,7 +290,7 @@ class Learner:
     def _active(self, latents: Latents) -> Tensor:
         """On how many tokens each latent was among the k that the dictionary uses."""
         values, indices = latents
-        if values.shape[1] > self.config.k and not self.config.batch_topk:  # an objective that selects more
+        if values.shape[1] > self.config.k and self.config.selection == "topk":  # an objective that selects more
             values, chosen = values.topk(self.config.k, dim=-1, sorted=False)
             indices = indices.gather(-1, chosen)
         return torch.bincount(indices[values > 0], minlength=self.config.n_latents)

@@ -105,8 +105,8 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
                 name += "-boost"
             elif dictionary.extend is not None:
                 name += "-extended"
-            elif dictionary.batch_topk:
-                name += "-batch_topk"
+            elif dictionary.sparsifier != "topk":
+                name += f"-{dictionary.sparsifier}"
             if dictionary.objective != "reconstruction":
                 name += f"-{dictionary.objective}"
         if dictionary in dictionaries[: len(names)]:
@@ -205,7 +205,8 @@ class _Run:
         if self.accelerator.num_processes == 1:
             return
         for dictionary in self.learners:
-            broadcast([*(weight.data for weight in dictionary.weights), dictionary.input_mean])
+            thresholds = [] if dictionary.thresholds is None else [dictionary.thresholds.log.data]
+            broadcast([*(weight.data for weight in dictionary.weights), dictionary.input_mean, *thresholds])
             scales = [dictionary.input_scale, dictionary.output_scale]
             dictionary.input_scale, dictionary.output_scale = broadcast_object_list(scales)
 
