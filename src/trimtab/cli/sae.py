@@ -114,7 +114,8 @@ def train(
         objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
             4 k; matryoshka, from the first latents of the dictionary
         budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
-        sparsifier: topk, or batch_topk: k latents on average, and thresholds (JumpReLU) at inference
+        sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
+            thresholds of each latent's own, trained towards a mean of k
         base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
         encoder_input: with base, what the new encoder reads: the input, or the error that the base leaves
         start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
