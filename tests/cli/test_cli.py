@@ -224,6 +224,11 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     more = {"base": base, "places": "resid.0", "replay_text": str(bed / "held-out.txt"), "replay_share": "0.2"}
     assert main(command(bed, tmp_path / "new", n_latents="8", k="2", **more)) == 0
     assert main(command(bed, tmp_path / "tuned", start=base, **thresholds)) == 0
+    inside = {"extend": base, "extend_init": "most_active", "n_latents": "80"}
+    assert main([*command(bed, tmp_path / "extended", **thresholds, **inside), "--freeze_decoder"]) == 0
+    extended, old = (TopKSAE.from_pretrained(path) for path in (tmp_path / "extended" / "resid.0", base))
+    assert torch.equal(extended.decoder[: old.config.n_latents], old.decoder)
+    assert extended.config.n_latents == 80
     new = TopKSAE.from_pretrained(tmp_path / "new" / "resid.0")
     assert isinstance(new, JumpReLUSAE)
     assert new.config.metadata["trimtab"]["activations"]["mixed"][0]["share"] == 0.2
@@ -235,9 +240,18 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     assert variances[1] > variances[0] - 0.05
     assert main(["sae", "show", base, "--prompt", "w1 w2"]) == 0
     assert "at most" not in capsys.readouterr().out
+    more["encoder_input"] = "error"
+    assert main(command(bed, tmp_path / "of-error", n_latents="8", k="2", **more)) == 0
+    directory = str(tmp_path / "of-error" / "resid.0")
+    assert main(["sae", "eval", directory, *text]) == 0
+    found = json.loads((Path(directory) / "evaluation.json").read_text())["explained_variance"]
+    assert found > variances[0] - 0.05
+    assert "reads the error" in refused(["sae", "show", directory, "--prompt", "w1 w2"], capsys)
 
 
-@pytest.mark.parametrize("options", [{"kron": "2 4"}, {"objective": "hierarchical", "budgets": "1 4"}])
+@pytest.mark.parametrize(
+    "options", [{"kron": "2 4"}, {"objective": "hierarchical", "budgets": "1 4"}, {"sparsifier": "jumprelu"}]
+)
 def test_every_kind_is_trained_from_the_command_line(bed: Path, tmp_path: Path, options: dict[str, str]) -> None:
     assert main(command(bed, tmp_path, places="resid.0", **options)) == 0
     kind = TopKSAE.from_pretrained(tmp_path / "resid.0").config.metadata["trimtab"]["dictionary"]

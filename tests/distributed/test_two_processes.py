@@ -50,6 +50,9 @@ def dictionaries(base: Path | str) -> list[DictionaryConfig]:
             place="x", n_latents=40, k=4, sparsifier="batch_topk", objective="matryoshka", budgets=(10, 25, 40)
         ),
         DictionaryConfig(place="x", n_latents=16, k=2, base=str(base)),
+        DictionaryConfig(place="x", n_latents=16, k=2, base=str(base), encoder_input="error", freeze_decoder=True),
+        DictionaryConfig(place="x", n_latents=40, k=5, sparsifier="batch_topk", extend=str(base)),
+        DictionaryConfig(place="x", n_latents=48, k=4, sparsifier="jumprelu"),
     ]
 
 
@@ -124,7 +127,7 @@ def assert_equal_runs(found: Path, wanted: Path, **tolerance: float) -> None:
     curves, expected = (json.loads((run / "history.json").read_text()) for run in (found, wanted))
     assert len(curves) == len(expected) == 40
     names = list(expected[0]["dictionaries"])
-    assert len(names) == 8
+    assert len(names) == 11
     for mine, theirs in zip(curves, expected, strict=True):
         for name in names:
             for key in ("loss", "aux_loss", "l0", "dead_fraction"):

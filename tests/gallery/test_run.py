@@ -97,6 +97,14 @@ def test_the_first_method_arm_stands_against_the_best_baseline():
     )
 
 
+def test_a_reference_is_not_competed_with():
+    arms = _arms({"method": [2.0, 2.1, 2.2], "plain": [1.0, 1.1, 1.1]})
+    beside = [*arms, Arm("best of all", "reference", [9.0, 9.1, 9.2], [0, 1, 2])]
+    assert standard_verdict(beside, higher_is_better=True) == "shown"
+    assert comparison(beside, higher_is_better=True) == comparison(arms, higher_is_better=True)
+    assert comparison([arms[0], beside[2]], higher_is_better=True).endswith("Nothing is left to compare.")
+
+
 def test_the_comparison_states_the_paired_difference_and_its_interval():
     arms = _arms({"method": [2.0, 2.1, 2.5], "plain": [1.0, 1.2, 1.3]})
     low, high = t_interval([1.0, 0.9, 1.2])

@@ -29,6 +29,7 @@ from trimtab.sae import (
 from trimtab.sae.boost_report import BoostReport, boost_report
 from trimtab.sae.boosted import _check_residual
 from trimtab.sae.encodings import DenseEncoding
+from trimtab.sae.formats import export_saelens
 from trimtab.sae.functional import Weights, loss_and_gradients
 from trimtab.sae.harvest import Harvest, HarvestConfig
 from trimtab.sae.jumprelu import BatchThreshold
@@ -294,6 +295,74 @@ def test_what_cannot_be_boosted_or_stitched_is_refused() -> None:
         _check_residual("one", topk(), topk())
 
 
+# -- residuals that read the error -----------------------------------------------------------------
+
+
+def of_error(seed: int = 5, n_latents: int = 8) -> JumpReLUSAE:
+    """The same weights as `residual`, given the error instead."""
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, n_latents=n_latents, apply_b_dec_to_input=False, encoder_input="error"))
+    sae.load_state_dict(residual(seed, n_latents).state_dict())
+    return sae
+
+
+@pytest.mark.parametrize("base", [topk, jump])
+def test_a_residual_can_read_the_error(base: Any) -> None:
+    old, one, two, x = base(), of_error(5), residual(6, 11), rows()
+    boosted = BoostedSAE(old, {"one": one, "two": two})
+    error = x - old(x)
+    expected = old(x) + one.encode(error) @ one.decoder + two.encode(x) @ two.decoder
+    torch.testing.assert_close(boosted(x), expected)
+    latents, own = boosted.encode(x), boosted.feature_slices["one"]
+    torch.testing.assert_close(latents[:, own], one.encode(error))
+    reading_x = BoostedSAE(old, {"one": residual(5)}).encode(x)[:, own]
+    assert ((latents[:, own] > 0) != (reading_x > 0)).any()
+    sparse = boosted.encode_sparse(x)
+    torch.testing.assert_close(torch.zeros_like(latents).scatter_add(1, sparse.indices, sparse.values), latents)
+    torch.testing.assert_close(boosted.decode_sparse(sparse), expected)
+    boosted.disable("two")
+    boosted.disable("one")
+    assert torch.equal(boosted(x), old(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_where_no_reader_of_the_error_fires_nothing_changes(dtype: torch.dtype) -> None:
+    old, silent, x = jump().to(dtype), of_error(), rows().to(dtype)
+    with torch.no_grad():
+        silent.threshold.fill_(torch.inf)
+    assert torch.equal(BoostedSAE(old, {"one": silent})(x), old(x))
+
+
+def test_the_error_of_bfloat16_activations_is_not_their_rounding() -> None:
+    """A base that is right but for 2^-9 of x: the error is far below what bfloat16 resolves, and is still read."""
+    old = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, n_latents=2 * D, apply_b_dec_to_input=False))
+    with torch.no_grad():
+        old.encoder.copy_(torch.cat([torch.eye(D), -torch.eye(D)]))
+        old.decoder.copy_((1 - 2**-9) * old.encoder)
+    x = rows().bfloat16()
+    boosted = BoostedSAE(old, {"one": of_error()})
+    own = boosted.feature_slices["one"]
+    torch.testing.assert_close(boosted.encode(x)[:, own], of_error().encode(x.float() * 2**-9), rtol=1e-3, atol=1e-5)
+
+
+def test_a_reader_of_the_error_is_saved_as_one_and_is_no_dictionary_of_activations(tmp_path: Path) -> None:
+    boosted, x = BoostedSAE(jump(), {"one": of_error(), "two": residual(6)}), rows()
+    boosted.save_pretrained(tmp_path / "all")
+    back = BoostedSAE.from_pretrained(tmp_path / "all")
+    assert back.residuals["one"].config.encoder_input == "error"
+    assert torch.equal(back(x), boosted(x))
+    assert "error" in (tmp_path / "all" / "residuals" / "one" / "README.md").read_text()
+    with pytest.raises(TrimtabError, match="residual 'one' has encoder_input='error'"):
+        boosted.stitch()
+    boosted.disable("one")
+    torch.testing.assert_close(boosted.stitch()(x), boosted(x), atol=1e-5, rtol=1e-5)
+    with pytest.raises(TrimtabError, match="exported to SAELens"):
+        export_saelens(of_error(), tmp_path / "one")
+    with pytest.raises(TrimtabError, match="the base reads the error"):
+        BoostedSAE(of_error(), {})
+    with pytest.raises(TrimtabError, match="no meaning with transcoder"):
+        JumpReLUSAEConfig(d_in=D, n_latents=N, encoder_input="error", transcoder=True, apply_b_dec_to_input=False)
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -350,6 +419,32 @@ def test_a_residual_adds_the_domain_and_leaves_the_base_as_it_was(base: Path, tm
     assert gains["general"][1] > gains["general"][0] - 0.05
     again = train([dictionary], source, settings(), tmp_path / "run")["x"]  # resumed at its end
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), new.parameters(), strict=True))
+
+
+def test_a_residual_learns_from_the_error_what_it_keeps_from_general_text(base: Path, tmp_path: Path) -> None:
+    """Trained without any general text, a reader of the error changes less of it than a reader of x."""
+    general, domain = mixed(2000, GENERAL, 4), mixed(2000, DOMAIN, 4)
+    old, gains, found = TopKSAE.from_pretrained(base), {}, {}
+    for reads in ("input", "error"):
+        dictionary = DictionaryConfig(place="x", n_latents=16, k=2, base=str(base), encoder_input=reads)
+        new = train([dictionary], TensorShards({"x": mixed(10_000, DOMAIN, 3)}), settings(), tmp_path / reads)["x"]
+        assert isinstance(new, JumpReLUSAE)
+        assert new.config.encoder_input == reads
+        again = TopKSAE.from_pretrained(tmp_path / reads / "x")
+        assert again.config.encoder_input == reads  # type: ignore[attr-defined]
+        boosted = BoostedSAE(TopKSAE.from_pretrained(base), {"domain": new})
+        gains[reads] = [
+            reconstruction(boosted, held_out)["explained_variance"]
+            - reconstruction(old, held_out)["explained_variance"]
+            for held_out in (general, domain)
+        ]
+        found[reads] = boosted.encode(domain)[:, 48:].gt(0).sum(-1).double().mean().item()
+    assert gains["error"][1] > 0.1
+    assert gains["error"][0] > gains["input"][0]
+    assert found["error"] == pytest.approx(2, rel=0.25)  # the threshold is in the error's own units
+    twice = DictionaryConfig(place="x", n_latents=16, k=2, base=str(tmp_path / "error" / "x"))
+    with pytest.raises(TrimtabError, match="reads the error of another dictionary"):
+        train([twice], TensorShards({"x": domain}), settings(), tmp_path / "twice")
 
 
 def test_a_perfect_base_leaves_nothing_to_learn(tmp_path: Path) -> None:
@@ -442,6 +537,7 @@ def test_a_planted_error_is_found(tmp_path: Path) -> None:
         ({"kron": (2, 4), "sparsifier": "batch_topk"}, "batch_topk"),
         ({"objective": "hierarchical", "sparsifier": "batch_topk"}, "batch_topk"),
         ({"base": "b", "target": "y"}, "dense autoencoders only"),
+        ({"encoder_input": "error"}, "needs base"),
         ({"k": 17}, "k=17"),
         ({"k": 0}, "k=0"),
     ],

@@ -21,8 +21,9 @@ from trimtab.gallery.report import MAX_LATENTS, render
 from trimtab.sae.boosted import BoostedSAE
 from trimtab.sae.config import DictionaryConfig, ObjectiveName, TrainingConfig
 from trimtab.sae.explanations import latents_of_text
+from trimtab.sae.extended import ExtendInit
 from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShardSource
-from trimtab.sae.jumprelu import JumpReLUSAE
+from trimtab.sae.jumprelu import EncoderInput, JumpReLUSAE
 from trimtab.sae.metrics import evaluate as evaluate_sae
 from trimtab.sae.mixture import Mixture
 from trimtab.sae.modeling import TopKSAE
@@ -81,7 +82,11 @@ def train(
     budgets: list[int] = [],  # noqa: B006
     sparsifier: Sparsifier = "topk",
     base: str | None = None,
+    encoder_input: EncoderInput = "input",
     start: str | None = None,
+    extend: str | None = None,
+    extend_init: ExtendInit = "random",
+    freeze_decoder: bool = False,
     replay_text: str | None = None,
     replay_share: float = 0.1,
     dtype: Dtype = "float32",
@@ -110,9 +115,14 @@ def train(
         objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
             4 k; matryoshka, from the first latents of the dictionary
         budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
-        sparsifier: topk, or batch_topk: k latents on average, and thresholds (JumpReLU) at inference
+        sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
+            thresholds of each latent's own, trained towards a mean of k
         base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
+        encoder_input: with base, what the new encoder reads: the input, or the error that the base leaves
         start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
+        extend: directory of a finished dictionary whose latents stay and to which new ones are added, under one budget
+        extend_init: with extend, how new latents begin: random, or as copies of the most_active old ones
+        freeze_decoder: keep the random rows of the first decoder, as a control
         replay_text: general text whose activations are mixed in: a file, folder or dataset as for text
         replay_share: its share of the activations
         dtype: of the language model
@@ -135,7 +145,11 @@ def train(
             budgets=tuple(budgets) or None,
             sparsifier=sparsifier,
             base=base,
+            encoder_input=encoder_input,
             start=start,
+            extend=extend,
+            extend_init=extend_init,
+            freeze_decoder=freeze_decoder,
             seed=seed,
         )
         for place, size, active, seed in itertools.product(places, n_latents, k, seeds)
@@ -223,7 +237,7 @@ def explain(
     """
     if not 1 <= n_latents <= MAX_LATENTS:
         raise TrimtabError(f"n_latents={n_latents} must lie between 1 and {MAX_LATENTS}")
-    sae, place, target = _open(directory)
+    sae, place, target = _open_reader(directory)
     lm, tokenizer, layers = _model(sae, model, trust_remote_code)
     live = Harvest(
         lm, tokenizer, text.source(tokenizer), [place, target or place], _trained_harvest(sae), layers=layers
@@ -262,7 +276,7 @@ def show(
     """
     if top < 1:
         raise TrimtabError(f"top={top} must be at least 1")
-    sae, place, _ = _open(directory)
+    sae, place, _ = _open_reader(directory)
     lm, tokenizer, layers = _model(sae, model, trust_remote_code)
     bound = "" if isinstance(sae, JumpReLUSAE) else f" of at most {sae.config.k}"
     table = Table("token", f"strongest {top}{bound} latents", title=f"{directory}, {place}")
@@ -276,6 +290,16 @@ def _open(directory: Path) -> tuple[TopKSAE, str, str | None]:
     """The dictionary, the place that it reads, and the one that it writes if another."""
     sae = TopKSAE.from_pretrained(directory)
     return (sae, *place_of(sae))
+
+
+def _open_reader(directory: Path) -> tuple[TopKSAE, str, str | None]:
+    """`_open`, for a dictionary that reads the model itself."""
+    sae, place, target = _open(directory)
+    if isinstance(sae, JumpReLUSAE) and sae.config.encoder_input == "error":
+        raise TrimtabError(
+            f"{str(directory)!r} reads the error of another dictionary; accepted: one that reads the model"
+        )
+    return sae, place, target
 
 
 def _with_base(sae: TopKSAE, model: Any) -> TopKSAE | BoostedSAE:

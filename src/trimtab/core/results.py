@@ -39,7 +39,7 @@ __all__ = [
     "t_interval",
 ]
 
-ROLES = ("method", "baseline")
+ROLES = ("method", "baseline", "reference")
 CONFIDENCE = 0.95
 PACKAGES = (
     "trimtab",
@@ -57,6 +57,8 @@ PACKAGES = (
 @dataclass(frozen=True)
 class Arm:
     """One arm of an experiment, its `role` one of ROLES: `values[i]` was measured with `seeds[i]`.
+
+    A reference is shown beside the others and not competed with, such as what is reached by giving up the constraint.
 
     `error` says why an arm failed; its values are those of the seeds before, and it has neither mean nor
     interval. Raises TrimtabError for another role, values that are not finite, and seeds that repeat or do not match.

@@ -35,6 +35,7 @@ from trimtab.core.results import ROLES, Arm, paired_difference
 __all__ = ["VERDICTS", "Experiment", "comparison", "standard_verdict", "verdict"]
 
 VERDICTS = ("shown", "not shown", "inconclusive")
+COMPETING = ("method", "baseline")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Experiment:
     claim: the published claim, a sentence.
     paper_figure: what the paper reports, in its own setting.
     metric: name of the headline figure.
-    arms: for each arm its role, "method" or "baseline", and the function that measures it with a seed. It
-        returns the metric, or a mapping of figures that has `metric` among its keys; the others are kept.
+    arms: for each arm its role, "method", "baseline" or "reference" (shown beside them, and not competed with),
+        and the function that measures it with a seed. It returns the metric, or a mapping of figures that has
+        `metric` among its keys; the others are kept.
     seeds, quick_seeds: of the full run and of `--quick`.
     smallest_difference: 0 or more, in units of the metric; a certain difference below it is "not shown".
     rule: a pure function of the arms that gives one of VERDICTS, in the place of the standard rule.
@@ -76,8 +78,8 @@ class Experiment:
         for role in roles:
             if role not in ROLES:
                 raise unknown(f"role of an arm of {self.method!r}", role, ROLES)
-        if set(roles) != set(ROLES):
-            raise TrimtabError(f"arms of {self.method!r} have the roles {roles}: each of {ROLES} is needed.")
+        if not set(roles) >= set(COMPETING):
+            raise TrimtabError(f"arms of {self.method!r} have the roles {roles}: each of {COMPETING} is needed.")
         for name in ("seeds", "quick_seeds"):
             seeds = getattr(self, name)
             if not seeds or len(set(seeds)) != len(seeds):
@@ -119,7 +121,7 @@ def comparison(arms: Sequence[Arm], *, higher_is_better: bool) -> str:
     failed = [arm.name for arm in arms if arm.error is not None]
     whole = [arm for arm in arms if arm.error is None]
     reproach = f"Failed: {', '.join(failed)}." if failed else ""
-    if {arm.role for arm in whole} != set(ROLES):
+    if not {arm.role for arm in whole} >= set(COMPETING):
         return f"{reproach} Nothing is left to compare."
     method, baseline = _headline(whole, higher_is_better)
     difference = paired_difference(method, baseline)

@@ -17,7 +17,7 @@
     }
 
     arm: {
-      "name": text    "role": "method" | "baseline"
+      "name": text    "role": "method" | "baseline" | "reference"
       "values": [number, …]                one for each of "seeds": [int, …]
       "mean", "ci_low", "ci_high": number | null
       "figures": {name: [number, …]}       other figures than the metric, one for each seed

@@ -5,7 +5,7 @@ Source: "Teach Old SAEs New Domain Tricks with Boosting", arXiv 2507.12990, sect
 Symbols: x [tokens, d] the activation; the base, frozen; a residual dictionary (E_r, b_r, D_r, theta_r) for each domain.
 
     x_hat = base(x),    e = x - x_hat, in float32
-    z_r   = JumpReLU_theta_r(E_r x + b_r)                the residual encoder reads x, not e
+    z_r   = JumpReLU_theta_r(E_r x + b_r)                the residual encoder reads x (encoder_input "error": e)
     e_hat = z_r D_r                                      no decoder bias: where nothing fires nothing changes
     L     = mean |e - e_hat|^2 / V + alpha L_aux         BatchTopK in training (`trimtab.sae.jumprelu`)
     x_boosted = x_hat + sum over domains of e_hat
@@ -13,7 +13,8 @@ Symbols: x [tokens, d] the activation; the base, frozen; a residual dictionary (
 Old latents keep their index and meaning, new ones follow: `feature_slices` says which. A base whose latents have
 thresholds, JumpReLU or ReLU, and its residuals are one ordinary dictionary, `stitch()`; where the base subtracts b_dec
 from its input, the stitched residual bias is b_r + E_r b_dec, since its encoder reads x. A TopK base cannot be
-stitched: its selection is among all latents.
+stitched: its selection is among all latents. Nor can a residual that reads e, which is small wherever the base is good,
+so that there it keeps still however narrow the domain it was trained on.
 
 Train a residual with `DictionaryConfig(place, n_latents=1024, k=5, base="…")`; some general text among the domain's
 (`Mixture`) keeps it from firing there.
@@ -54,6 +55,8 @@ class BoostedSAE(nn.Module):
         super().__init__()
         for name, residual in residuals.items():
             _check_residual(name, residual, base)
+        if isinstance(base, JumpReLUSAE) and base.config.encoder_input == "error":
+            raise TrimtabError("the base reads the error of another dictionary; accepted: one that reads x")
         self.base = base.requires_grad_(False)
         self.parts = nn.ModuleList(residuals.values())
         self.enabled = dict.fromkeys(residuals, True)
@@ -102,8 +105,9 @@ class BoostedSAE(nn.Module):
     def encode_sparse(self, x: Float[Tensor, "*tokens d"], k: int | None = None) -> Latents:
         """What fires, the base's latents (its k largest) first, by the indices of `encode`."""
         parts = [self.base.encode_sparse(x, k)]
+        sources = self._sources(x)
         for name, residual in self.residuals.items():
-            values, indices = residual.encode_sparse(x)
+            values, indices = residual.encode_sparse(sources[name])
             parts.append(Latents(values * self.enabled[name], indices + self.feature_slices[name].start))
         return Latents(torch.cat([p.values for p in parts], -1), torch.cat([p.indices for p in parts], -1))
 
@@ -121,8 +125,9 @@ class BoostedSAE(nn.Module):
     def encode(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens n_latents"]:
         """All latents, of the base and then of each domain; those of a domain that is off are 0."""
         parts = [self.base.encode(x)]
+        sources = self._sources(x)
         for name, residual in self.residuals.items():
-            latents = residual.encode(x)
+            latents = residual.encode(sources[name])
             parts.append(latents if self.enabled[name] else torch.zeros_like(latents))
         return torch.cat(parts, -1)
 
@@ -137,18 +142,29 @@ class BoostedSAE(nn.Module):
 
     def forward(self, x: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         """x_boosted, in the dtype of `x`; where no residual latent fires it is the base's output, bit for bit."""
-        wide = _wide(x.dtype)
-        found = self.base(x).to(wide)
+        wide = x.to(self._wide_dtype(x))
+        found = old = self.base(wide)
         for name, residual in self.residuals.items():
             if self.enabled[name]:
-                found = found + residual(x.to(wide))
+                found = found + residual(wide - old if residual.config.encoder_input == "error" else wide)
         return found.to(x.dtype)
+
+    def _sources(self, x: Tensor) -> dict[str, Tensor]:
+        """What each domain's residual reads: `x`, or the error of the base."""
+        readers = {name: residual.config.encoder_input for name, residual in self.residuals.items()}
+        wide = x.to(self._wide_dtype(x))
+        error = wide - self.base(wide) if "error" in readers.values() else wide
+        return {name: error if reader == "error" else x for name, reader in readers.items()}
+
+    def _wide_dtype(self, x: Tensor) -> torch.dtype:
+        """In which base and residuals are added: an error of bfloat16 numbers would be their rounding."""
+        return _wide(torch.promote_types(x.dtype, self.base.dtype))
 
     def stitch(self) -> JumpReLUSAE:
         """One dictionary of all latents, in the order of `feature_slices`, with what is off left out.
 
         Its metadata says, under "trimtab" and "stitched", where each domain's latents are. Raises TrimtabError unless
-        the base is a JumpReLU or ReLU dictionary.
+        the base is a JumpReLU or ReLU dictionary, and its residuals read x.
         """
         return stitch(self.base, {name: part for name, part in self.residuals.items() if self.enabled[name]})
 
@@ -192,6 +208,12 @@ def stitch(base: TopKSAE, residuals: Mapping[str, JumpReLUSAE]) -> JumpReLUSAE:
         raise TrimtabError(
             f"the base is a {type(base).__name__}, whose selection is among all latents; accepted: a JumpReLUSAE"
         )
+    for name, residual in residuals.items():
+        if residual.config.encoder_input == "error":
+            raise TrimtabError(
+                f"residual {name!r} has encoder_input='error': it reads what the base leaves over, and one encoder "
+                "reads x; accepted: 'input'. save_pretrained keeps base and residuals together"
+            )
     parts = {"base": base, **residuals}
     dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
     slices, total = {}, 0

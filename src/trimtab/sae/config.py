@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trimtab.core.errors import TrimtabError, unknown
+from trimtab.sae.extended import ExtendInit
+from trimtab.sae.jumprelu import EncoderInput
 from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import (
     RECONSTRUCTION,
@@ -31,7 +33,7 @@ class DictionaryConfig:
     Args:
         place: the activation that it reads, such as "resid.9"
         n_latents: size of the dictionary
-        k: latents that a token may use
+        k: latents that a token may use; with batch_topk and jumprelu, on average
         target: the activation that it writes; None for `place` itself, another place makes a transcoder
         kron: m and n of a KronSAE, whose heads have m x n latents; None for a dense encoder
         kron_activation: mand, or one of the paper's ablations: relu_product, product
@@ -40,9 +42,17 @@ class DictionaryConfig:
         budgets: hierarchical: the numbers of latents, None for all of 1 … k; matryoshka: lengths of the prefixes, the
             last of them n_latents
         budget_weights: hierarchical: a weight for each of `budgets`; None for equal ones
-        sparsifier: topk, or batch_topk: k latents on average over a batch, and thresholds (JumpReLU) at inference
+        sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
+            thresholds of each latent's own, trained towards a mean of k
         base: directory of a finished dictionary of `place`: what it leaves over is learned (SAE Boost, batch_topk)
+        encoder_input: with base, what the encoder reads: the input x, as the paper has it, or the error x - base(x),
+            which is small wherever the base is good; such a one cannot be stitched to its base
         start: directory of a finished dictionary of this shape, whose weights are the initial ones: fine-tuning
+        extend: directory of a finished dictionary of `place`, whose latents are the first of this one and stay as they
+            are; n_latents and k count old and new ones together
+        extend_init: with extend, how new latents begin: random, or as copies of the most_active old ones
+        freeze_decoder: keep the decoder's first rows, random ones unless start gives others: the control for
+            what a random direction already explains
         seed: of its initial weights
     """
 
@@ -57,7 +67,11 @@ class DictionaryConfig:
     budget_weights: tuple[float, ...] | None = None
     sparsifier: Sparsifier = "topk"
     base: str | None = None
+    encoder_input: EncoderInput = "input"
     start: str | None = None
+    extend: str | None = None
+    extend_init: ExtendInit = "random"
+    freeze_decoder: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,13 +89,34 @@ class DictionaryConfig:
             )
         if self.sparsifier not in get_args(Sparsifier):
             raise unknown("sparsifier", self.sparsifier, get_args(Sparsifier))
+        if self.sparsifier == "jumprelu" and (
+            self.kron or self.base or self.extend or self.objective != "reconstruction"
+        ):
+            raise TrimtabError(
+                "jumprelu has no meaning with kron, base, extend, or another objective than reconstruction: its "
+                "thresholds are trained for all latents of a dense encoder at once"
+            )
         if self.base is not None and (self.target is not None or self.kron is not None):
             raise TrimtabError(f"base={self.base!r}: what it leaves over is learned by dense autoencoders only")
+        if self.encoder_input not in get_args(EncoderInput):
+            raise unknown("encoder_input", self.encoder_input, get_args(EncoderInput))
+        if self.encoder_input == "error" and self.base is None:
+            raise TrimtabError(f"encoder_input={self.encoder_input!r} needs base: the error is what a base leaves over")
         if self.kron_activation not in ACTIVATIONS:
             raise unknown("kron_activation", self.kron_activation, ACTIVATIONS)
         if self.start is not None and (self.base is not None or self.kron is not None):
             raise TrimtabError(f"start={self.start!r} has no meaning with base or kron: it is for dense dictionaries")
-        if self.batch_topk and (self.kron is not None or self.objective in ("hierarchical", "multi_topk")):
+        if self.extend is not None and (self.start or self.base or self.kron or self.target):
+            raise TrimtabError(
+                f"extend={self.extend!r} has no meaning with start, base, kron or target: it is for dense autoencoders"
+            )
+        if self.extend_init not in get_args(ExtendInit):
+            raise unknown("extend_init", self.extend_init, get_args(ExtendInit))
+        if self.extend is None and self.extend_init != "random":
+            raise TrimtabError(f"extend_init={self.extend_init!r} needs extend: it copies latents of that dictionary")
+        if self.selection == "batch_topk" and (
+            self.kron is not None or self.objective in ("hierarchical", "multi_topk")
+        ):
             raise TrimtabError(
                 f"batch_topk has no meaning for kron={self.kron}, objective={self.objective!r}: a threshold "
                 "needs a dense encoder, a prefix by value a number of latents for each token"
@@ -89,9 +124,9 @@ class DictionaryConfig:
         self._check_objective()
 
     @property
-    def batch_topk(self) -> bool:
-        """Whether latents are selected over a batch."""
-        return self.sparsifier == "batch_topk" or self.base is not None
+    def selection(self) -> Sparsifier:
+        """How latents are selected in training: over a batch where it adds to a base."""
+        return "batch_topk" if self.base is not None else self.sparsifier
 
     def _check_objective(self) -> None:
         if self.objective not in get_args(ObjectiveName):

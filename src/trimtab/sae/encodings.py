@@ -7,16 +7,18 @@ gradient with respect to the pre-activations has a few entries a token, which th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.sae import kernels
 from trimtab.sae.kernels import Precision
 
-__all__ = ["DenseEncoding", "Encoding", "Latents", "Pullback", "blocks"]
+__all__ = ["DenseEncoding", "Encoding", "Latents", "Pullback", "blocks", "joined"]
 
 
 class Latents(NamedTuple):
@@ -90,3 +92,13 @@ def blocks(tokens: int, width: int) -> Iterator[slice]:
     """Blocks of tokens in which `width` entries for each stay below what is held at once."""
     step = max(1, kernels.BLOCK_ELEMENTS // width)
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def joined(parts: Sequence[Latents]) -> Latents:
+    """The latents of blocks of tokens as one, with the slots of the widest block; what is filled in has the value 0."""
+    width = max(part.values.shape[-1] for part in parts)
+    values, indices = (
+        torch.cat([F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors])
+        for tensors in zip(*parts, strict=True)
+    )
+    return Latents(values, indices)

@@ -41,6 +41,7 @@ from trimtab.sae.kernels import Precision
 from trimtab.sae.objectives import RECONSTRUCTION, Objective
 from trimtab.sae.parallel import ALONE, Processes
 from trimtab.sae.selection import Sparsifier, batch_top, top
+from trimtab.sae.thresholds import Thresholds, jump_top
 
 __all__ = [
     "Latents",
@@ -192,6 +193,7 @@ def loss_and_gradients(
     encoding: Encoding = DENSE,
     objective: Objective = RECONSTRUCTION,
     sparsifier: Sparsifier = "topk",
+    thresholds: Thresholds | None = None,
     subtract_bias: bool = True,
     dead: Int[Tensor, " n_dead"] | None = None,
     k_aux: int = 0,
@@ -203,7 +205,8 @@ def loss_and_gradients(
     """L_main, L_aux and every gradient of L, in closed form and without a [tokens, n_latents] tensor.
 
     objective: what L_main is; that of the module's docstring by default, others with |e|^2 summed over prefixes.
-    sparsifier: "topk" selects k latents of each token, "batch_topk" k tokens' worth of the whole batch.
+    sparsifier: "topk" selects k latents of each token, "batch_topk" k tokens' worth of the whole batch, "jumprelu" what
+        lies above `thresholds`, whose two gradients are overwritten too (dense encoding, float32 or float64 precision).
     dead: the indices of the latents that AuxK may use; None or empty for no AuxK.
     aux_tokens: L_aux is that of so many tokens, evenly spaced; None for all. Where tokens come in random order it is
         an unbiased estimate, at that share of the cost.
@@ -215,10 +218,14 @@ def loss_and_gradients(
     encoder, encoder_bias, decoder, decoder_bias = weights
     centred = x - decoder_bias if subtract_bias else x
     k = objective.selected(k)
-    select = top if sparsifier == "topk" else batch_top
-    latents, pullback = select(
-        encoding, centred, encoder, encoder_bias, k, decoder.shape[0], precision=precision, processes=processes
-    )
+    if sparsifier == "jumprelu":
+        assert thresholds is not None
+        latents, pullback = jump_top(centred, encoder, encoder_bias, thresholds)
+    else:
+        select = top if sparsifier == "topk" else batch_top
+        latents, pullback = select(
+            encoding, centred, encoder, encoder_bias, k, decoder.shape[0], precision=precision, processes=processes
+        )
     found = objective.loss_and_gradients(
         latents, decoder, decoder_bias, target, variance, gradients.decoder, k=k, processes=processes
     )

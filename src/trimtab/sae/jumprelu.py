@@ -9,24 +9,27 @@ Symbols: a [tokens, n_latents] the pre-activations, k the latents that a token u
                 after t batches it is divided by 1 - (1 - rate)^t
     inference   f = a where a > theta and a > 0, else 0: independent of what else is in the batch
 
-A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.selection.batch_top` selects in training.
+A dictionary with theta = 0 is an ordinary ReLU one. `trimtab.sae.selection.batch_top` selects in training; thresholds
+of each latent's own are trained by `trimtab.sae.thresholds`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trimtab.core.errors import TrimtabError
-from trimtab.sae.encodings import Latents, blocks
+from trimtab.core.errors import TrimtabError, unknown
+from trimtab.sae.encodings import Latents, blocks, joined
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
-__all__ = ["BatchThreshold", "JumpReLUSAE", "JumpReLUSAEConfig"]
+__all__ = ["BatchThreshold", "EncoderInput", "JumpReLUSAE", "JumpReLUSAEConfig"]
+
+EncoderInput = Literal["input", "error"]
 
 
 @dataclass
@@ -50,11 +53,22 @@ class BatchThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class JumpReLUSAEConfig(TopKSAEConfig):
-    """The shape of a JumpReLU dictionary. It has no bound on a token's latents: k is n_latents, and is not given."""
+    """The shape of a JumpReLU dictionary. It has no bound on a token's latents: k is n_latents, and is not given.
+
+    encoder_input: what it is to be given: an activation, or the "error" that another dictionary leaves of one, which
+    `trimtab.sae.boosted` computes.
+    """
 
     k: int = field(init=False)
+    encoder_input: EncoderInput = "input"
 
     def __post_init__(self) -> None:
+        if self.encoder_input not in get_args(EncoderInput):
+            raise unknown("encoder_input", self.encoder_input, get_args(EncoderInput))
+        if self.encoder_input == "error" and self.transcoder:
+            raise TrimtabError(
+                "encoder_input='error' has no meaning with transcoder=True: an error is read and written"
+            )
         object.__setattr__(self, "k", self.n_latents)
         super().__post_init__()
 
@@ -84,12 +98,8 @@ class JumpReLUSAE(TopKSAE):
             parts.append(Latents(fires.gather(-1, indices), indices))
         if not parts:
             parts = [Latents(flat.new_zeros(0, 1), torch.zeros(0, 1, dtype=torch.int64, device=flat.device))]
-        width = max(part.values.shape[-1] for part in parts)
-        values, indices = (
-            torch.cat([F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors])
-            for tensors in zip(*parts, strict=True)
-        )
-        shape = (*x.shape[:-1], width)
+        values, indices = joined(parts)
+        shape = (*x.shape[:-1], values.shape[-1])
         return Latents(values.view(shape), indices.view(shape))
 
     def encode(self, x: Float[Tensor, "*tokens d_in"], k: int | None = None) -> Float[Tensor, "*tokens n_latents"]:

@@ -16,25 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.core.activations import tl_hook_name
 from trimtab.core.errors import TrimtabError
-from trimtab.sae import kernels
+from trimtab.sae import initial, kernels
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
+from trimtab.sae.extended import restore
 from trimtab.sae.functional import StepOutput, Weights, loss_and_gradients
 from trimtab.sae.jumprelu import BatchThreshold, JumpReLUSAE, JumpReLUSAEConfig
-from trimtab.sae.kron import KronSAE, KronSAEConfig
-from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
+from trimtab.sae.modeling import TopKSAE
 from trimtab.sae.parallel import ALONE, Processes
-from trimtab.sae.selection import largest, top
+from trimtab.sae.selection import batch_top, largest, top
+from trimtab.sae.thresholds import Thresholds
 
-__all__ = ["Learner", "open_base"]
+__all__ = ["Learner"]
 
 BASE_ROWS = 4096
 """Activations that a frozen base reconstructs at once."""
 
 INITIAL_SHARE = 0.1
 """Of the target's norm in the first reconstructions. Gao et al. have 1; with less the encoder turns sooner, and short
-runs explain more."""
+runs explain more. Thresholds that train have 1: at a tenth they would have to grow with the encoder, and a short run is
+over before they have."""
 
 
 class Learner:
@@ -54,7 +55,7 @@ class Learner:
         self.config, self.training, self.processes, self.device = config, training, processes, device
         self.input_scale = self.output_scale = 1.0
         self.input_mean = torch.zeros(widths[0], device=device)
-        self.shape = _shape(config, training, widths)
+        self.shape = initial.shape_of(config, training, widths)
         heads = config.n_latents // math.prod(config.kron or (1,))
         if heads % processes.shards:
             what = "latents" if config.kron is None else "heads"
@@ -62,9 +63,15 @@ class Learner:
         self.encoding = self.shape.encoding.part(processes.shards)
         self.objective = config.training_objective
         self.threshold = BatchThreshold()
-        self.base = None if config.base is None else open_base(config).to(device)
-        self.k_aux = training.k_aux or 2 ** round(math.log2(max(widths[1] / 2, 1)))
         n_latents = config.n_latents // processes.shards
+        self.thresholds = None if config.selection != "jumprelu" else Thresholds(n_latents, device=device)
+        if self.thresholds is not None and training.precision != "float32":
+            raise TrimtabError(f"precision={training.precision!r}; accepted for jumprelu: 'float32'")
+        self.base = None if config.base is None else initial.open_base(config).to(device)
+        self.old = None if config.extend is None else initial.open_base(config).to(device)
+        stay = 0 if self.old is None else self.old.config.n_latents  # so many latents, the first
+        self.fixed = min(max(stay - processes.shard * n_latents, 0), n_latents)
+        self.k_aux = training.k_aux or 2 ** round(math.log2(max(widths[1] / 2, 1)))
         rows = self.shape.rows // processes.shards
         shapes = ((rows, widths[0]), (rows,), (n_latents, widths[1]), (widths[1],))
         self.weights = Weights(*(torch.zeros(shape, device=device) for shape in shapes))
@@ -89,22 +96,18 @@ class Learner:
         self = cls(config, training, (rows[config.place].shape[1], rows[config.output].shape[1]), device, processes)
         source, target = self._pair({place: rows[place].to(device) for place in config.places})
         self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
-        if config.start is not None:
-            self._take(self._started_from(config.start, source))
-            return self
+        scales = self.input_scale, self.output_scale
         source, target = source / self.input_scale, target / self.output_scale
-        sae = _class_of(self.shape)(self.shape, seed=config.seed)
-        with torch.no_grad():
-            if self.base is None:
-                sae.decoder_bias.copy_(target.mean(0))
-            if not self.shape.apply_b_dec_to_input:
-                self.input_mean.copy_(source.mean(0))
-            self._take(sae)
-            found = self._mixed(source[:1024]).norm()
-            if found > 0:
-                wanted = INITIAL_SHARE * (target[:1024] - self.weights.decoder_bias).norm()
-                sae.scale_latents((wanted / found).item())  # the weights: a KronSAE's eps stays
-                self._take(sae)
+        if not self.shape.apply_b_dec_to_input:
+            self.input_mean.copy_(source.mean(0))
+        if config.start is not None:
+            sae = initial.started(config, self.shape, scales, self.input_mean, training.unit_norm_decoder)
+        elif self.old is not None:
+            sae = initial.extended(config, self.shape, self.old, scales, self.input_mean, source)
+        else:
+            sae = self._fresh(source[:1024], target)
+        self._take(sae)
+        self._begin_thresholds(sae, source[:1024])
         return self
 
     @classmethod
@@ -129,6 +132,8 @@ class Learner:
         self.input_mean.copy_(state["input_mean"])
         self.input_scale, self.output_scale = state["scales"]
         self.threshold = BatchThreshold(*state["threshold"])
+        if self.thresholds is not None:
+            self.thresholds.load(state["thresholds"], lambda tensor: self._cut(tensor, 1))
         self.losses = state["losses"]
         return self
 
@@ -146,22 +151,27 @@ class Learner:
             "scales": [self.input_scale, self.output_scale],
             "threshold": [self.threshold.rate, self.threshold.sum, self.threshold.batches],
             "losses": self.losses,
+            "thresholds": None if self.thresholds is None else self.thresholds.state(lambda t: self._joined(t, 1)),
         }
 
     def finished(self, metadata: dict[str, Any]) -> TopKSAE:
-        """A copy in the activations' own units, that carries `metadata`; with BatchTopK, one with thresholds."""
+        """A copy in the activations' own units, that carries `metadata`; with thresholds unless it is TopK's."""
         shape = dataclasses.replace(self.shape, metadata=metadata)
         weights = self._whole_weights()
-        if self.config.batch_topk:
-            fields = {name: value for name, value in shape.to_dict().items() if name != "k"}
-            sae: TopKSAE = JumpReLUSAE(JumpReLUSAEConfig(**fields))
-            weights |= {"threshold": torch.full((shape.n_latents,), self.threshold.value)}
+        if self.config.selection == "topk":
+            sae = initial.fresh(shape)
         else:
-            sae = _class_of(shape)(shape)
+            fields = {name: value for name, value in shape.to_dict().items() if name != "k"}
+            sae = JumpReLUSAE(JumpReLUSAEConfig(**fields, encoder_input=self.config.encoder_input))
+            weights["threshold"] = torch.full((shape.n_latents,), self.threshold.value)
+            if self.thresholds is not None:
+                weights["threshold"] = self.processes.whole(self.thresholds.value)
         sae.load_state_dict(weights)
         with torch.no_grad():
             sae.encoder_bias.sub_((weights["encoder"] @ self.input_mean).to(sae.device))
         sae.fold_scales(self.input_scale, self.output_scale)
+        if self.old is not None:
+            restore(sae, self.old)  # what scaling to and fro has rounded
         return sae
 
     def step(self, batch: Mapping[str, Tensor], learning_rate: float, step: int) -> None:
@@ -170,6 +180,7 @@ class Learner:
         source, target = self._pair(batch)
         source, target = source / self.input_scale, target / self.output_scale
         dead = (self.silent_tokens >= training.dead_after_tokens).nonzero()[:, 0]
+        dead = dead[dead >= self.fixed]
         output = loss_and_gradients(
             source if self.shape.apply_b_dec_to_input else source - self.input_mean,
             target,
@@ -179,7 +190,8 @@ class Learner:
             variance=float(target.shape[1]),
             encoding=self.encoding,
             objective=self.objective,
-            sparsifier="batch_topk" if self.config.batch_topk else "topk",
+            sparsifier=self.config.selection,
+            thresholds=self.thresholds,
             subtract_bias=self.shape.apply_b_dec_to_input,
             dead=dead,
             k_aux=self.k_aux,
@@ -188,20 +200,22 @@ class Learner:
             precision=training.precision,
             processes=processes,
         )
-        if self.base is not None:
-            self.gradients.decoder_bias.zero_()  # a residual dictionary has none
-        for gradient in self.gradients:
+        self._hold()
+        trained = () if self.thresholds is None else (self.thresholds.d_loss, self.thresholds.d_l0)
+        for gradient in (*self.gradients, *trained):
             processes.mean_of_groups(gradient)
         losses = processes.mean_of_groups(torch.stack([output.loss, output.aux_loss]))
         active = processes.sum_of_groups(self._active(output))
         self._update(learning_rate, losses, step)
-        if self.config.batch_topk:
+        tokens = len(source) * processes.groups
+        fired, n_dead = processes.sum_of_shards(torch.stack([active.sum(), active.new_tensor(len(dead))])).tolist()
+        if self.thresholds is not None:
+            self.thresholds.step(learning_rate * math.sqrt(source.shape[1]), fired / tokens, self.config.k)
+        if self.config.selection == "batch_topk":
             values = output.latents.values
             self.threshold.update(processes.smallest(values.where(values > 0, torch.inf).min()).item())
-        tokens = len(source) * processes.groups
         self.silent_tokens.add_(tokens).masked_fill_(active > 0, 0)
         self.fired.add_(active)
-        fired, n_dead = processes.sum_of_shards(torch.stack([active.sum(), active.new_tensor(len(dead))])).tolist()
         self.losses = {
             "loss": losses[0].item(),
             "aux_loss": losses[1].item(),
@@ -233,51 +247,69 @@ class Learner:
         for (name, blocks), weight in zip(self._blocks().items(), self.weights, strict=True):
             weight.copy_(self._cut(whole[name], blocks))
 
-    @torch.no_grad()
-    def _mixed(self, source: Tensor) -> Tensor:
-        """What the latents add up to on scaled `source`, without the decoder's bias."""
-        encoder, bias, decoder, decoder_bias = self.weights
-        x = source - (decoder_bias if self.shape.apply_b_dec_to_input else self.input_mean)
-        (values, indices), _ = top(
-            self.encoding, x, encoder, bias, self.config.k, len(decoder), processes=self.processes
-        )
-        return self.processes.sum_of_shards(kernels.mix_rows(values, indices, decoder))
+    # -- the beginning -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _started_from(self, directory: str, source: Tensor) -> TopKSAE:
-        """A finished dense dictionary in scaled units; `source` is what this one reads."""
-        found, shape = TopKSAE.from_pretrained(directory), self.shape
-        if isinstance(found, KronSAE):
-            raise TrimtabError(f"start={directory!r} is a KronSAE; accepted: a dense dictionary")
-        for name in ("d_in", "n_latents", "output_width", "transcoder", "apply_b_dec_to_input"):
-            mine, other = getattr(shape, name), getattr(found.config, name)
-            if mine != other:
-                raise TrimtabError(f"start={directory!r} has {name}={other}, this dictionary {mine}")
-        if self.training.unit_norm_decoder:
-            norms = found.decoder.norm(dim=-1)
-            found.encoder.mul_(norms[:, None])
-            found.encoder_bias.mul_(norms)
-            found.decoder.div_(norms.where(norms > 0, 1.0)[:, None])
-        found = found.float().to(self.device)
-        found.fold_scales(1 / self.input_scale, 1 / self.output_scale)
-        if not shape.apply_b_dec_to_input:
-            self.input_mean.copy_((source / self.input_scale).mean(0))
-            found.encoder_bias.add_(found.encoder @ self.input_mean)
-        return found
+    def _fresh(self, source: Tensor, target: Tensor) -> TopKSAE:
+        """Initial weights at which reconstructions have a small share of the target's norm, both in scaled units."""
+        sae = initial.fresh(self.shape, self.config.seed)
+        if self.base is None:
+            sae.decoder_bias.copy_(target.mean(0))
+        self._take(sae)
+        encoder, bias, decoder, decoder_bias = self.weights
+        x, k = self._centred(source), self.config.k
+        (values, indices), _ = top(self.encoding, x, encoder, bias, k, len(decoder), processes=self.processes)
+        found = self.processes.sum_of_shards(kernels.mix_rows(values, indices, decoder)).norm()
+        if found > 0:
+            share = INITIAL_SHARE if self.thresholds is None else 1.0
+            wanted = share * (target[: len(source)] - decoder_bias).norm()
+            sae.scale_latents((wanted / found).item())  # of the weights: a KronSAE's eps stays that of its shape
+        return sae
+
+    @torch.no_grad()
+    def _begin_thresholds(self, sae: TopKSAE, source: Tensor) -> None:
+        """Where thresholds train: those of `sae`, or what lets k latents a token through; after `_take`."""
+        if self.thresholds is None:
+            return
+        if isinstance(sae, JumpReLUSAE) and (sae.threshold > 0).all():
+            self.thresholds.log.copy_(self.processes.split(sae.threshold.log()))
+            return
+        encoder, bias, decoder, _ = self.weights
+        x, k = self._centred(source), self.config.k
+        (values, _), _ = batch_top(self.encoding, x, encoder, bias, k, len(decoder), processes=self.processes)
+        smallest = self.processes.smallest(values.where(values > 0, torch.inf).min())
+        if not smallest < torch.inf:
+            raise TrimtabError(f"no latent of start={self.config.start!r} fires on the first activations")
+        self.thresholds.log.fill_(smallest.log())
+
+    def _centred(self, source: Tensor) -> Tensor:
+        """What the encoder's product is taken of."""
+        return source - (self.weights.decoder_bias if self.shape.apply_b_dec_to_input else self.input_mean)
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """Take the gradient away from what stays; AdamW without moments and decay leaves it bit for bit."""
+        if self.base is not None or self.old is not None:
+            self.gradients.decoder_bias.zero_()
+        for gradient in self.gradients[:3]:
+            gradient[: self.fixed].zero_()
+        if self.config.freeze_decoder:
+            self.gradients.decoder.zero_()
 
     @torch.no_grad()
     def _pair(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What is read and what is to be written, in float32 and in the activations' own units."""
         source = rows[self.config.place].float()
         if self.base is not None:
-            found = torch.cat([self.base(part) for part in source.split(BASE_ROWS)])
-            return source, source - found
+            error = source - torch.cat([self.base(part) for part in source.split(BASE_ROWS)])
+            return (error if self.config.encoder_input == "error" else source), error
         return source, source if self.config.target is None else rows[self.config.target].float()
 
     def _active(self, output: StepOutput) -> Tensor:
         """On how many tokens each latent was among the k that the dictionary uses."""
         latents = output.latents
-        if not self.config.batch_topk and self.objective.selected(self.config.k) > self.config.k:
+        if self.config.selection == "topk" and self.objective.selected(self.config.k) > self.config.k:
             latents, _ = largest(latents, lambda d_values: (d_values, latents.indices), self.config.k, self.processes)
         return torch.bincount(latents.indices[latents.values > 0], minlength=len(self.fired))
 
@@ -298,51 +330,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        if self.training.unit_norm_decoder:
-            decoder.div_(decoder.norm(dim=-1, keepdim=True))
-
-
-def open_base(config: DictionaryConfig) -> TopKSAE:
-    """The frozen dictionary that `config` adds to. Raises TrimtabError where it is of another place."""
-    assert config.base is not None
-    base = TopKSAE.from_pretrained(config.base).requires_grad_(False)
-    match base.config.metadata:
-        case {"trimtab": {"place": str(place)}} if place != config.place:
-            raise TrimtabError(f"base={config.base!r} reads place {place!r}, this dictionary {config.place!r}")
-        case {"hook_name": str(hook)} if hook != _hook_of(config.place, hook):
-            raise TrimtabError(f"base={config.base!r} reads hook {hook!r}, this dictionary place {config.place!r}")
-    if base.config.transcoder:
-        raise TrimtabError(f"base={config.base!r} is a transcoder; accepted: an autoencoder")
-    return base
-
-
-def _hook_of(place: str, otherwise: str) -> str:
-    """The place's name in TransformerLens; `otherwise` for a place that is none of a transformer's."""
-    try:
-        return tl_hook_name(place)
-    except TrimtabError:
-        return otherwise
-
-
-def _shape(config: DictionaryConfig, training: TrainingConfig, widths: tuple[int, int]) -> TopKSAEConfig:
-    """The shape of the dictionary that `config` asks for."""
-    transcoder = config.target is not None
-    subtract = training.apply_b_dec_to_input if training.apply_b_dec_to_input is not None else config.kron is None
-    common: dict[str, Any] = {
-        "d_in": widths[0],
-        "d_out": widths[1],
-        "k": config.k,
-        "transcoder": transcoder,
-        "apply_b_dec_to_input": subtract and not transcoder and config.base is None,
-    }
-    if config.kron is None:
-        return TopKSAEConfig(n_latents=config.n_latents, **common)
-    m, n = config.kron
-    return KronSAEConfig(h=config.n_latents // (m * n), m=m, n=n, activation=config.kron_activation, **common)
-
-
-def _class_of(shape: TopKSAEConfig) -> type[TopKSAE]:
-    return KronSAE if isinstance(shape, KronSAEConfig) else TopKSAE
+        if self.training.unit_norm_decoder and not self.config.freeze_decoder:
+            moving = decoder[self.fixed :]
+            moving.div_(moving.norm(dim=-1, keepdim=True))
 
 
 def _scale(rows: Tensor, place: str) -> float:

@@ -20,7 +20,8 @@ from trimtab.sae.parallel import ALONE, Processes
 
 __all__ = ["Sparsifier", "batch_top", "largest", "top"]
 
-Sparsifier = Literal["topk", "batch_topk"]
+Sparsifier = Literal["topk", "batch_topk", "jumprelu"]
+"""`jumprelu` selects by thresholds that train, in `trimtab.sae.thresholds`."""
 
 CANDIDATES = 4
 """How many times k latents of a token are looked at first, for a batch's largest."""

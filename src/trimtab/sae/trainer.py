@@ -106,8 +106,10 @@ def dictionary_names(dictionaries: Sequence[DictionaryConfig], places: Sequence[
                 name += f"-kron{dictionary.kron[0]}x{dictionary.kron[1]}"
             if dictionary.base is not None:
                 name += "-boost"
-            elif dictionary.batch_topk:
-                name += "-batch_topk"
+            elif dictionary.extend is not None:
+                name += "-extended"
+            elif dictionary.sparsifier != "topk":
+                name += f"-{dictionary.sparsifier}"
             if dictionary.objective != "reconstruction":
                 name += f"-{dictionary.objective}"
         if dictionary in dictionaries[: len(names)]:
@@ -177,7 +179,8 @@ class _Run:
             "training": training,
             "activations": shards.identity,
         }
-        bases = {d.base: _weights_digest(d.base) for d in dictionaries if d.base is not None}
+        frozen = [directory for d in dictionaries for directory in (d.base, d.extend) if directory is not None]
+        bases = {directory: _weights_digest(directory) for directory in frozen}
         self.identity |= {"bases": bases} if bases else {}
 
     def resume(self, allow_previous: bool) -> None:
@@ -220,7 +223,8 @@ class _Run:
     def _agree(self) -> None:
         """Every group starts from the weights of the first, and all from the same scales, bit for bit."""
         for dictionary in self.learners:
-            for weight in dictionary.weights[:3]:
+            own = dictionary.weights[:3]
+            for weight in own if dictionary.thresholds is None else (*own, dictionary.thresholds.log.data):
                 self.processes.from_first_group(weight)
             self.processes.from_first(dictionary.weights.decoder_bias)
             self.processes.from_first(dictionary.input_mean)

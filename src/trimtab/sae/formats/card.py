@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trimtab.sae.jumprelu import JumpReLUSAEConfig
 from trimtab.sae.kron import KronSAEConfig
-from trimtab.sae.modeling import TopKSAE
+from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
 __all__ = ["model_card"]
 
@@ -60,12 +60,13 @@ def model_card(sae: TopKSAE) -> ModelCard:
     subject = [_cell(metadata["model_name"])] if "model_name" in metadata else []
     subject += [f"at {_cell(place)}"] if place is not None else []
     kind = {KronSAEConfig: "Kron", JumpReLUSAEConfig: "JumpReLU"}.get(type(config), "TopK")
+    of_error = _of_error(config)
     title = f"# Sparse {kind} {noun}" + (f": {' '.join(subject)}" if subject else "")
     settings = {key: value for key, value in metadata.items() if key not in ("model_name", "hook_name", "trimtab")}
     settings |= {key: value for key, value in own.items() if key not in ("place", "target", "metrics", "final")}
     measured = {**_mapping(own.get("metrics")), **({"final": own["final"]} if "final" in own else {})}
     data = ModelCardData(
-        library_name="trimtab" if config.transcoder else "saelens",
+        library_name="trimtab" if config.transcoder or of_error else "saelens",
         tags=["saelens", "sparse-autoencoder", "trimtab"] if not config.transcoder else ["transcoder", "trimtab"],
     )
     parts = [
@@ -77,9 +78,12 @@ def model_card(sae: TopKSAE) -> ModelCard:
         "## Measured",
         _table(measured) or "No measurement is recorded in the file.",
         "## Use",
-        "With Trimtab, on activations [..., d_in]:" + TRIMTAB_CODE,
+        f"With Trimtab, on {'errors of that dictionary' if of_error else 'activations'} [..., d_in]:" + TRIMTAB_CODE,
         "SAELens has no TopK transcoder: the layout of this one is Trimtab's own."
         if config.transcoder
+        else "SAELens has no dictionary of another one's error: the layout of this one is Trimtab's own. `BoostedSAE` "
+        "computes that error."
+        if of_error
         else "With SAELens:" + (SAELENS_CODE.replace("from sae_lens", KRON_IMPORT) if kind == "Kron" else SAELENS_CODE),
         "## Licence",
         "None is stated. Whoever publishes this adds `license` (and `base_model`) to the head of this file.",
@@ -96,6 +100,7 @@ def _facts(sae: TopKSAE) -> dict[str, Any]:
         "activation that is read": own.get("place"),
         "activation that is written": own.get("target"),
         "what it adds to (its output is what this dictionary leaves over)": _mapping(own.get("dictionary")).get("base"),
+        "what it reads": "the error that the dictionary above leaves" if _of_error(config) else None,
         "hook in TransformerLens": config.metadata.get("hook_name"),
         "width of the input": config.d_in,
         "width of the output": config.output_width if config.transcoder else None,
@@ -107,6 +112,10 @@ def _facts(sae: TopKSAE) -> dict[str, Any]:
         "`b_dec` is subtracted from the input": config.apply_b_dec_to_input,
         "dtype": str(sae.dtype).removeprefix("torch."),
     }
+
+
+def _of_error(config: TopKSAEConfig) -> bool:
+    return isinstance(config, JumpReLUSAEConfig) and config.encoder_input == "error"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

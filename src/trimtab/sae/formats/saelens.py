@@ -10,7 +10,8 @@ with d_out in cfg.json; SAELens refuses such a file by that name, and `export_sa
 A JumpReLU dictionary is SAELens's "jumprelu", with threshold [d_sae] beside the weights. A KronSAE has the architecture
 "kron_topk" (a transcoder "kron_topk_transcoder"), with h, m, n, eps, activation and mask_inactive in cfg.json, W_enc
 [d_in, h (m + n)] and b_enc [h (m + n)] in the order of the authors' listing. SAELens reads it once
-`trimtab.sae.saelens` is imported.
+`trimtab.sae.saelens` is imported. A JumpReLU dictionary that reads the error of another one is "jumprelu_error", which
+SAELens refuses: it would give it activations.
 
 With rescale_acts_by_decoder_norm, SAELens ranks a_i |D_i| and decodes f_i D_i / |D_i|, with D_i the rows of W_dec:
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.sae.formats._files import option, positive, read_json, read_tensors, write_pair
-from trimtab.sae.jumprelu import JumpReLUSAE, JumpReLUSAEConfig
+from trimtab.sae.jumprelu import EncoderInput, JumpReLUSAE, JumpReLUSAEConfig
 from trimtab.sae.kron import ACTIVATIONS, KronSAE, KronSAEConfig, head_major
 from trimtab.sae.modeling import TopKSAE, TopKSAEConfig
 
@@ -54,6 +55,7 @@ ARCHITECTURES = (
     "kron_topk_transcoder",
     "jumprelu",
     "jumprelu_transcoder",
+    "jumprelu_error",
     "standard",
 )
 
@@ -85,6 +87,8 @@ def write_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tensor
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     architecture = {KronSAEConfig: "kron_topk", JumpReLUSAEConfig: "jumprelu"}.get(type(config), "topk")
+    if isinstance(config, JumpReLUSAEConfig) and config.encoder_input == "error":
+        architecture = "jumprelu_error"
     fields: dict[str, Any] = {
         "architecture": f"{architecture}_transcoder" if config.transcoder else architecture,
         "d_in": config.d_in,
@@ -115,7 +119,15 @@ def write_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tensor
 
 
 def export_saelens(sae: TopKSAE, directory: Path | str, *, sparsity: Float[Tensor, " n_latents"] | None = None) -> None:
-    """`write_saelens` for a directory that SAELens is to read: raises TrimtabError for a transcoder."""
+    """`write_saelens` for a directory that SAELens is to read: raises TrimtabError for what it has no architecture for.
+
+    That is a transcoder, and a dictionary that reads the error of another.
+    """
+    if isinstance(sae, JumpReLUSAE) and sae.config.encoder_input == "error":
+        raise TrimtabError(
+            "a dictionary with encoder_input='error' was to be exported to SAELens, which would give it activations; "
+            "accepted: encoder_input='input'"
+        )
     if sae.config.transcoder:
         raise TrimtabError(
             "a transcoder was to be exported to SAELens, which has no TopK transcoder; accepted: an autoencoder. "
@@ -188,7 +200,7 @@ def _config(path: Path, fields: dict[str, Any]) -> TopKSAEConfig:
     kron = architecture.startswith("kron")
     metadata = dict(option(path, fields, "metadata", dict, {}))
     metadata.pop("sae_lens_version", None)  # of the file, not of the dictionary: the next writer states its own
-    thresholds = architecture in ("standard", "jumprelu", "jumprelu_transcoder")
+    thresholds = architecture == "standard" or architecture.startswith("jumprelu")
     sizes = {name: positive(path, fields, name) for name in ("d_in", "d_sae", *(() if thresholds else ("k",)))}
     common: dict[str, Any] = {
         "d_in": sizes["d_in"],
@@ -199,7 +211,8 @@ def _config(path: Path, fields: dict[str, Any]) -> TopKSAEConfig:
     }
     try:
         if thresholds:
-            return JumpReLUSAEConfig(n_latents=sizes["d_sae"], **common)
+            reads: EncoderInput = "error" if architecture == "jumprelu_error" else "input"
+            return JumpReLUSAEConfig(n_latents=sizes["d_sae"], encoder_input=reads, **common)
         common["k"] = sizes["k"]
         if not kron:
             return TopKSAEConfig(n_latents=sizes["d_sae"], **common)
