@@ -243,7 +243,7 @@ def _segments_kernel(
         begin = tl.load(starts + latent)
         end = tl.minimum(begin + PIECE, tl.load(starts + latent + 1))
         total = _weighted_sum(values, tokens, x, begin, end, columns, d, ENTRIES, BLOCK)
-        at = out + latent * out_row + columns * out_column
+        at = out + latent * out_row + columns.to(tl.int64) * out_column
         if ACCUMULATE:
             total += tl.load(at, mask=columns < d, other=0.0).to(tl.float32)
         tl.store(at, total, mask=columns < d)
@@ -268,7 +268,7 @@ def _pieces_kernel(ends, owner, pieces, out, n_latents, d, out_row, out_column, 
     if latent < n_latents:
         before = tl.load(ends + latent - 1, mask=latent > 0, other=0)
         if piece == before:
-            at = out + latent * out_row + columns * out_column
+            at = out + latent * out_row + columns.to(tl.int64) * out_column
             total = tl.load(at, mask=columns < d, other=0.0).to(tl.float32)
             for one in range(before, tl.load(ends + latent)):
                 total += tl.load(pieces + one * d + columns, mask=columns < d, other=0.0)
@@ -315,7 +315,7 @@ def _prefix_kernel(
             tl.store(d_values + t, tl.sum(row * after, 0))
             if INTO_DECODER:  # noqa: SIM102
                 if value != 0:  # slots without a latent may all name one index, and would queue there
-                    at = d_decoder + latent * d_decoder_row + columns * d_decoder_column
+                    at = d_decoder + latent * d_decoder_row + columns.to(tl.int64) * d_decoder_column
                     tl.atomic_add(at, value * after, mask=inside, sem="relaxed")
             error -= value * row
         after += 2 * tl.load(weights) * first
