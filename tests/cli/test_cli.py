@@ -224,8 +224,8 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     more = {"base": base, "places": "resid.0", "replay_text": str(bed / "held-out.txt"), "replay_share": "0.2"}
     assert main(command(bed, tmp_path / "new", n_latents="8", k="2", **more)) == 0
     assert main(command(bed, tmp_path / "tuned", start=base, **thresholds)) == 0
-    inside = {"extend": base, "extend_init": "most_active", "n_latents": "80"}
-    assert main([*command(bed, tmp_path / "extended", **thresholds, **inside), "--freeze_decoder"]) == 0
+    inside = {"extend": base, "extend_init": "most_active", "freeze_decoder": "true", "n_latents": "80"}
+    assert main(command(bed, tmp_path / "extended", **thresholds, **inside)) == 0
     extended, old = (TopKSAE.from_pretrained(path) for path in (tmp_path / "extended" / "resid.0", base))
     assert torch.equal(extended.decoder[: old.config.n_latents], old.decoder)
     assert extended.config.n_latents == 80

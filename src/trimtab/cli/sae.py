@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +31,7 @@ from trimtab.sae.plan import plan
 from trimtab.sae.selection import Sparsifier
 from trimtab.sae.trainer import train as train_dictionaries
 
-__all__ = ["ModelSettings", "TextSettings", "evaluate", "explain", "show", "train"]
+__all__ = ["KindSettings", "ModelSettings", "TextSettings", "evaluate", "explain", "show", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,35 @@ class ModelSettings:
     layers: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class KindSettings:
+    """What all dictionaries of a run have in common.
+
+    Args:
+        target: activation to write, for transcoders; default: the one that is read
+        objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
+            4 k; matryoshka, from the first latents of the dictionary
+        sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
+            thresholds of each latent's own, trained towards a mean of k
+        base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
+        encoder_input: with base, what the new encoder reads: the input, or the error that the base leaves
+        start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
+        extend: directory of a finished dictionary whose latents stay and to which new ones are added, under one budget
+        extend_init: with extend, how new latents begin: random, or as copies of the most_active old ones
+        freeze_decoder: keep the random rows of the first decoder, as a control
+    """
+
+    target: str | None = None
+    objective: ObjectiveName = "reconstruction"
+    sparsifier: Sparsifier = "topk"
+    base: str | None = None
+    encoder_input: EncoderInput = "input"
+    start: str | None = None
+    extend: str | None = None
+    extend_init: ExtendInit = "random"
+    freeze_decoder: bool = False
+
+
 def train(
     *,
     model: str,
@@ -76,17 +105,8 @@ def train(
     n_latents: list[int] = [4096],  # noqa: B006 (never changed; jsonargparse shows it as the default)
     k: list[int] = [32],  # noqa: B006
     seeds: list[int] = [0],  # noqa: B006
-    target: str | None = None,
     kron: list[int] = [],  # noqa: B006
-    objective: ObjectiveName = "reconstruction",
     budgets: list[int] = [],  # noqa: B006
-    sparsifier: Sparsifier = "topk",
-    base: str | None = None,
-    encoder_input: EncoderInput = "input",
-    start: str | None = None,
-    extend: str | None = None,
-    extend_init: ExtendInit = "random",
-    freeze_decoder: bool = False,
     replay_text: str | None = None,
     replay_share: float = 0.1,
     dtype: Dtype = "float32",
@@ -95,6 +115,7 @@ def train(
     allow_previous: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
+    kind: KindSettings,
     text: TextSettings,
     training: TrainingConfig,
     harvest: HarvestConfig,
@@ -110,19 +131,8 @@ def train(
         n_latents: sizes of dictionaries
         k: latents that a token may use
         seeds: seeds of initial weights
-        target: activation to write, for transcoders; default: the one that is read
         kron: m and n of KronSAEs, whose heads have m x n latents; default: dense encoders
-        objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
-            4 k; matryoshka, from the first latents of the dictionary
         budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
-        sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
-            thresholds of each latent's own, trained towards a mean of k
-        base: directory of a finished dictionary, of which what it leaves over is learned (SAE Boost)
-        encoder_input: with base, what the new encoder reads: the input, or the error that the base leaves
-        start: directory of a finished dictionary whose weights are the initial ones (fine-tuning)
-        extend: directory of a finished dictionary whose latents stay and to which new ones are added, under one budget
-        extend_init: with extend, how new latents begin: random, or as copies of the most_active old ones
-        freeze_decoder: keep the random rows of the first decoder, as a control
         replay_text: general text whose activations are mixed in: a file, folder or dataset as for text
         replay_share: its share of the activations
         dtype: of the language model
@@ -139,18 +149,10 @@ def train(
             place=place,
             n_latents=size,
             k=active,
-            target=target,
             kron=(kron[0], kron[1]) if kron else None,
-            objective=objective,
             budgets=tuple(budgets) or None,
-            sparsifier=sparsifier,
-            base=base,
-            encoder_input=encoder_input,
-            start=start,
-            extend=extend,
-            extend_init=extend_init,
-            freeze_decoder=freeze_decoder,
             seed=seed,
+            **asdict(kind),
         )
         for place, size, active, seed in itertools.product(places, n_latents, k, seeds)
     ]
