@@ -31,7 +31,7 @@ from test_two_processes import dictionaries, rows, settings
 from trimtab.sae import TensorShards, train
 torch.set_num_threads(1)
 out, shards, base = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-train(dictionaries(base), TensorShards(rows(), shard_rows=100), settings(shards=shards), out)
+train(dictionaries(base), TensorShards(rows(), shard_rows=100), settings(tensor_parallel=shards), out)
 assert dist.is_initialized() and dist.get_world_size() == 2, "one process ran alone"
 sys.stdout.write(f"world size {{dist.get_world_size()}}\\n")  # in one piece: both write to one pipe
 dist.destroy_process_group()
@@ -198,5 +198,10 @@ def test_one_process_goes_on_with_a_run_of_two(
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError, match="shards=2 does not divide the 1 processes"):
-        train([DictionaryConfig(place="x", n_latents=48, k=4)], TensorShards(rows()), settings(shards=2), tmp_path)
+    with pytest.raises(TrimtabError, match="tensor_parallel=2 does not divide the 1 processes"):
+        train(
+            [DictionaryConfig(place="x", n_latents=48, k=4)],
+            TensorShards(rows()),
+            settings(tensor_parallel=2),
+            tmp_path,
+        )

@@ -199,7 +199,8 @@ class TrainingConfig:
         unit_norm_decoder: keep decoder rows at norm 1, and take the parallel part out of their gradient
         grad_clip: largest norm of a dictionary's gradient; None for no clipping
         precision: of the encoder's product: float32, screened (bfloat16 proposes, float32 decides) or bfloat16
-        shards: processes that hold each dictionary together, each a part of its latents; a divisor of their number
+        tensor_parallel: processes that hold each dictionary together, each a part of its latents; a divisor of their
+            number
         seed: of the order of activations
         checkpoint_every: steps between checkpoints
         keep_last: checkpoints that stay
@@ -220,7 +221,7 @@ class TrainingConfig:
     unit_norm_decoder: bool = True
     grad_clip: float | None = 1.0
     precision: Precision = "float32"
-    shards: int = 1
+    tensor_parallel: int = 1
     seed: int = 0
     checkpoint_every: int = 500
     keep_last: int = 2
@@ -228,7 +229,16 @@ class TrainingConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = ("tokens", "batch_size", "k_aux", "dead_after", "shards", "checkpoint_every", "keep_last", "log_every")
+        counts = (
+            "tokens",
+            "batch_size",
+            "k_aux",
+            "dead_after",
+            "tensor_parallel",
+            "checkpoint_every",
+            "keep_last",
+            "log_every",
+        )
         for name in counts:
             value = getattr(self, name)
             if name in ("k_aux", "dead_after") and value is None:

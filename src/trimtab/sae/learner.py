@@ -59,7 +59,9 @@ class Learner:
         heads = config.n_latents // math.prod(config.kron or (1,))
         if heads % processes.shards:
             what = "latents" if config.kron is None else "heads"
-            raise TrimtabError(f"shards={processes.shards} does not divide {heads} {what} of place {config.place!r}")
+            raise TrimtabError(
+                f"tensor_parallel={processes.shards} does not divide {heads} {what} of place {config.place!r}"
+            )
         self.encoding = self.shape.encoding.part(processes.shards)
         self.objective = config.training_objective
         self.threshold = BatchThreshold()

@@ -209,7 +209,7 @@ ALONE = Processes()
 def mesh(world: int, shards: int, device: str) -> Processes:
     """This one of `world` processes in groups of `shards`. Raises TrimtabError where they do not fit."""
     if world % shards:
-        raise TrimtabError(f"shards={shards} does not divide the {world} processes of this run")
+        raise TrimtabError(f"tensor_parallel={shards} does not divide the {world} processes of this run")
     if world == 1:
         return ALONE
     from torch.distributed.device_mesh import init_device_mesh

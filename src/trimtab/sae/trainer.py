@@ -8,8 +8,8 @@ run lives in a directory:
     OUT/history.json            what was logged
 
 With several processes (torchrun, accelerate launch) each harvests its share of every batch; gradients are averaged.
-With `shards`, so many processes hold each dictionary together (`trimtab.sae.parallel`). A run may be taken up by
-another number of processes: the weights and moments are the same, and the text goes on with shards that none has seen.
+With `tensor_parallel`, so many processes hold each dictionary together (`trimtab.sae.parallel`). A run may be taken up
+by another number of processes: weights and moments are the same, and the text goes on with shards that none has seen.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class _Run:
         if config.batch_size % world:
             raise TrimtabError(f"batch_size={config.batch_size} must be a multiple of the {world} processes")
         self.config, self.out, self.accelerator, self.shards = config, out, accelerator, shards
-        self.processes = mesh(world, config.shards, accelerator.device.type)
+        self.processes = mesh(world, config.tensor_parallel, accelerator.device.type)
         self.activations = ShuffledActivations(
             shards,
             batch_size=config.batch_size // world,
@@ -172,7 +172,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self._configs = list(dictionaries)
         self.learners: list[Learner]
-        without = ("checkpoint_every", "keep_last", "report_to", "shards")
+        without = ("checkpoint_every", "keep_last", "report_to", "tensor_parallel")
         training = {k: v for k, v in asdict(config).items() if k not in without}
         self.identity = {
             "dictionaries": {name: asdict(d) for name, d in zip(self.names, dictionaries, strict=True)},
@@ -189,7 +189,7 @@ class _Run:
         if checkpoint.latest(root) is None:
             checkpoint.write_file(self.out / "run.json", json.dumps(self.identity, indent=2).encode())
             rows = self._rows_of_the_first()
-            _check_memory(self._configs, rows, self.config.shards)
+            _check_memory(self._configs, rows, self.config.tensor_parallel)
             device = self.accelerator.device
             self.learners = [Learner.begin(d, self.config, rows, device, self.processes) for d in self._configs]
             self._agree()
