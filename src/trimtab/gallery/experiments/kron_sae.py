@@ -39,6 +39,7 @@ def _measure(seed: int, *, longer: float = 1.0, **dictionary: Any) -> dict[str, 
         found |= {
             f"steps, base {base}": float(steps),
             f"EV, base {base}": measured["explained_variance"],
+            f"L0, base {base}": measured["l0"],
             f"dead fraction, base {base}": measured["dead_fraction"],
             f"learning rate, base {base}": rate,
         }
@@ -83,6 +84,7 @@ EXPERIMENT = Experiment(
         ),
         "TopK": ("baseline", _measure),
         "Matryoshka TopK": ("baseline", functools.partial(_measure, objective="matryoshka", budgets=_CUTS)),
+        "JumpReLU": ("baseline", functools.partial(_measure, sparsifier="jumprelu")),
     },
     seeds=(0, 1, 2),
 )
