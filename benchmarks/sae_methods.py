@@ -2,7 +2,10 @@
 
     step       F = 16,384, K = 64, d = 640, batch 2,048: our step on every prefix beside our step on the reconstruction
     loss       tokens 256, K = 128, d = 512, F = 4,096: forward and backward beside [tokens, K, d] through autograd
-    encoder    F = 32,768, K = 50, d = 768, batch 64: KronSAE's two-stage TopK beside product and TopK of a dense one
+    encoder    F = 65,536, K = 50, d = 768, batch 64: KronSAE's two-stage TopK beside product and TopK of a dense one;
+               its memory at batch 2,048, beside a [tokens, F] tensor
+    training   F = 65,536, K = 50, d = 768, batch 2,048: whole steps, optimiser included, of a (4, 4) KronSAE beside
+               those of a dense dictionary
 
 Memory is the peak over what the process held before the call.
 """
@@ -17,20 +20,23 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, Target, Times, in_turns, print_table, write_rows
-from trimtab.sae import kernels
+from trimtab.sae import DictionaryConfig, TrainingConfig, kernels
 from trimtab.sae.functional import Weights, loss_and_gradients
 from trimtab.sae.kron import KronEncoding
+from trimtab.sae.learner import Learner
 from trimtab.sae.objectives import Hierarchical, hierarchical_topk_loss, hierarchical_weights, prefix_loss_reference
 
 __all__ = ["main", "peak_bytes"]
 
-SHAPES = ((4, 4), (4, 8), (8, 8))
+SHAPES: dict[tuple[int, int], float | None] = {(4, 4): 1 / 1.8, (4, 8): None, (8, 8): 1 / 3.4}
+"""m and n, and the share of the dense encoder's time that is to be reached."""
+F, K, D_MODEL = 65_536, 50, 768
 
 
 def main() -> None:
     """Measure, print the table, and write the rows."""
     torch.set_num_threads(2)
-    rows = [*_step(), *_loss(), *_encoder()]
+    rows = [*_step(), *_loss(), *_encoder(), _training()]
     print_table("HierarchicalTopK and KronSAE", rows)
     write_rows("sae_methods", rows)
 
@@ -98,14 +104,38 @@ def _loss() -> list[Row]:
 
 
 def _encoder() -> list[Row]:
-    x, dense = _random(64, 768), _random(32_768, 768, seed=1)
-    calls: dict[str, Callable[[], object]] = {"dense": lambda: kernels.top_products(x, dense, torch.zeros(32_768), 50)}
+    x, dense = _random(64, D_MODEL), _random(F, D_MODEL, seed=1)
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: kernels.top_products(x, dense, torch.zeros(F), K)}
     for m, n in SHAPES:
-        shape = KronEncoding(h=32_768 // (m * n), m=m, n=n)
-        weight, bias = _random(shape.rows, 768, seed=2), torch.zeros(shape.rows)
-        calls[f"({m}, {n})"] = lambda shape=shape, weight=weight, bias=bias: shape.top(x, weight, bias, 50)
+        shape = KronEncoding(h=F // (m * n), m=m, n=n)
+        weight, bias = _random(shape.rows, D_MODEL, seed=2), torch.zeros(shape.rows)
+        calls[f"({m}, {n})"] = lambda shape=shape, weight=weight, bias=bias: shape.top(x, weight, bias, K)
     times = in_turns(calls, 15)
-    return [_time(f"Kron encoder {name} beside a dense one", times, name, "dense", None) for name in list(calls)[1:]]
+    targets = [None if share is None else Target("ratio", "<=", share) for share in SHAPES.values()]
+    rows = [
+        _time(f"Kron encoder {name} beside a dense one", times, name, "dense", target)
+        for name, target in zip(list(calls)[1:], targets, strict=True)
+    ]
+    shape, many = KronEncoding(h=F // 16, m=4, n=4), _random(2_048, D_MODEL, seed=3)
+    weight, bias = _random(shape.rows, D_MODEL, seed=2), torch.zeros(shape.rows)
+    peak = peak_bytes(lambda: shape.top(many, weight, bias, K))
+    return [
+        *rows,
+        _space("memory of the Kron encoder beside [tokens, F]", peak, 4 * 2_048 * F, Target("ratio", "<=", 0.5)),
+    ]
+
+
+def _training() -> Row:
+    x = _random(2_048, D_MODEL)
+    settings = TrainingConfig(tokens=10**9, batch_size=2_048)  # so that no latent counts as dead, and AuxK rests
+
+    def stepping(kron: tuple[int, int] | None) -> Callable[[], object]:
+        dictionary = DictionaryConfig(place="x", n_latents=F, k=K, kron=kron)
+        learner = Learner.begin(dictionary, settings, {"x": x}, x.device)
+        return lambda: learner.step({"x": x}, 1e-3, 0)
+
+    times = in_turns({"kron": stepping((4, 4)), "dense": stepping(None)}, 5)
+    return _time("Kron training step (4, 4) beside TopK's", times, "kron", "dense", Target("ratio", "<=", 1 / 1.5))
 
 
 def _time(name: str, times: dict[str, Times], ours: str, peer: str, target: Target | None) -> Row:

@@ -155,6 +155,8 @@ class KronEncoding:
         width = max(self.rows, len(among) if among is not None else heads * self.m * self.n)
         for block in blocks(tokens, width):
             pre = torch.addmm(shift, x[block].to(product_dtype), weight)
+            if self.activation != "product":
+                pre.relu_()
             best = self._best(pre, candidates) if among is None else self._best_among(pre, candidates, among)
             base, extension = self.rows_of(best)
             indices[block], u[block], v[block] = best, pre.gather(1, base), pre.gather(1, extension)
@@ -172,33 +174,40 @@ class KronEncoding:
         return Latents(z.relu().to(x.dtype), indices), pullback
 
     def _best(self, pre: Float[Tensor, "tokens rows"], k: int) -> Int[Tensor, "tokens k"]:
-        """Indices of the k largest latents, through the heads with the largest corners."""
-        pre = pre.view(len(pre), self.m + self.n, self.h)
+        """Indices of the k largest latents, through the heads with the largest corners.
+
+        Latents are ordered as the products of their pre-latents (u v, or p q) are: every activation rises with those.
+        """
+        pre = _wide(pre).view(len(pre), self.m + self.n, self.h)
         u, v = pre[:, : self.m], pre[:, self.m :]
         top_heads = torch.arange(self.h, device=pre.device).expand(len(pre), -1)
         if self.h > k:
             top_heads = self._corners(u, v).topk(k, dim=-1, sorted=False).indices
             u, v = (t.gather(2, top_heads[:, None].expand(-1, t.shape[1], -1)) for t in (u, v))
-        z = self.values(u[:, :, None], v[:, None])  # [tokens, m, n, heads]
-        flat = z.flatten(1).topk(k, dim=-1, sorted=False).indices
+        products = u[:, :, None] * v[:, None]  # [tokens, m, n, heads], in the order of z
+        flat = products.flatten(1).topk(k, dim=-1, sorted=False).indices
         slot = flat % u.shape[2]
         pair = flat.div(u.shape[2], rounding_mode="floor")
         return top_heads.gather(1, slot) * (self.m * self.n) + pair
 
     def _corners(self, u: Tensor, v: Tensor) -> Tensor:
-        """A number for each head that orders heads by their largest latent."""
-        u, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (u, v))  # as `values` multiplies
+        """The largest product of each head."""
         largest = u.amax(1), v.amax(1)
         if self.activation != "product":
-            return largest[0].relu() * largest[1].relu()
+            return largest[0] * largest[1]
         smallest = u.amin(1), v.amin(1)
         corners = [a * b for a in (largest[0], smallest[0]) for b in (largest[1], smallest[1])]
         return torch.stack(corners).amax(0)
 
     def _best_among(self, pre: Tensor, k: int, among: Tensor) -> Tensor:
         base, extension = self.rows_of(among)
-        z = self.values(pre[:, base], pre[:, extension])
-        return among[z.topk(k, dim=-1, sorted=False).indices]
+        pre = _wide(pre)
+        products = pre.index_select(1, base).mul_(pre.index_select(1, extension))
+        return among[products.topk(k, dim=-1, sorted=False).indices]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def latents_dense(
