@@ -229,6 +229,12 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     extended, old = (TopKSAE.from_pretrained(path) for path in (tmp_path / "extended" / "resid.0", base))
     assert torch.equal(extended.decoder[: old.config.n_latents], old.decoder)
     assert extended.config.n_latents == 80
+    dial = ["sae", "eval", str(tmp_path / "dial" / "resid.0"), "--k", "2", "--budgets", "1", "2", "4"]
+    assert main(command(bed, tmp_path / "dial", places="resid.0", objective="hierarchical")) == 0
+    assert main([*dial, "--text", str(bed / "held-out.txt"), "--tokens", "500", "--ce_tokens", "100"]) == 0
+    measured = json.loads((tmp_path / "dial" / "resid.0" / "evaluation.json").read_text())
+    assert measured["explained_variance"] == pytest.approx(measured["explained_variance_at_2"], abs=1e-5)
+    assert measured["l0"] <= measured["k"] == 2
     new = TopKSAE.from_pretrained(tmp_path / "new" / "resid.0")
     assert isinstance(new, JumpReLUSAE)
     assert new.config.metadata["trimtab"]["activations"]["mixed"][0]["share"] == 0.2
@@ -355,11 +361,11 @@ def test_dry_run_says_what_would_be_and_writes_nothing(
         ({"model": "nobody/nothing"}, r"model='nobody/nothing' cannot be loaded"),
         ({"model": "none"}, r"model='none' cannot be loaded"),
         ({"k": "49"}, r"k=49 must lie between 1 and n_latents=48"),
-        ({"n_latents": "0"}, r"n_latents=0 must be at least 1"),
+        ({"n_latents": "0"}, r"n_latents=0 must be a whole number of at least 1"),
         ({"tokens": "50"}, r"tokens=50 is less than one batch"),
         ({"context": "1"}, r"context=1 leaves no room"),
         ({"kron": "4"}, r"kron=\[4\]; accepted: two numbers, m and n"),
-        ({"kron": "5 7"}, r"n_latents=48 must be a multiple of m x n"),
+        ({"kron": "5 7"}, r"n_latents=48 a multiple of m x n"),
         ({"objective": "matryoshka", "budgets": "8 16"}, r"accepted for matryoshka: rising lengths that end in"),
         ({"context": "65"}, r"context=65 is beyond the model's 64 positions"),
         ({"sink_norm_ratio": "0.5"}, r"sink_norm_ratio=0\.5 must be above 1"),

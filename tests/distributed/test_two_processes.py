@@ -18,7 +18,9 @@ from torch import Tensor
 
 from trimtab.core import checkpoint
 from trimtab.core.errors import TrimtabError
-from trimtab.sae import DictionaryConfig, TensorShards, TrainingConfig, train
+from trimtab.gallery.testbeds.micro import micro_model
+from trimtab.gallery.testbeds.text import ENGLISH
+from trimtab.sae import DictionaryConfig, TensorShards, TopKSAE, TrainingConfig, train
 from trimtab.sae import trainer as trainer_module
 from trimtab.sae.shuffle import ShuffledActivations
 
@@ -35,6 +37,31 @@ train(dictionaries(base), TensorShards(rows(), shard_rows=100), settings(tensor_
 assert dist.is_initialized() and dist.get_world_size() == 2, "one process ran alone"
 sys.stdout.write(f"world size {{dist.get_world_size()}}\\n")  # in one piece: both write to one pipe
 dist.destroy_process_group()
+"""
+
+
+BYTES = """
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+from accelerate import Accelerator
+from trimtab.sae import DictionaryConfig, TrainingConfig
+from trimtab.sae.learner import Learner
+from trimtab.sae.parallel import mesh
+torch.set_num_threads(1)
+accelerator, x = Accelerator(cpu=True), torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
+processes = mesh(accelerator.num_processes, accelerator.num_processes, "cpu")
+for name, kron in (("dense", None), ("kron", (2, 4))):
+    config = DictionaryConfig(place="x", n_latents=512, k=4, kron=kron)
+    learner = Learner.begin(config, TrainingConfig(tokens=256, batch_size=256), {"x": x}, x.device, processes)
+    learner.step({"x": x}, 1e-3, 0)
+    moments = [value for each in learner.optimizer.state.values() for value in each.values()]
+    held = sum(tensor.untyped_storage().nbytes() for tensor in (*learner.weights, *learner.gradients, *moments))
+    if accelerator.is_main_process:
+        Path(sys.argv[1], f"{name}-{accelerator.num_processes}").write_text(str(held))
+sys.stdout.write(f"world size {accelerator.num_processes}\\n")
+accelerator.wait_for_everyone()
+if dist.is_initialized():
+    dist.destroy_process_group()
 """
 
 
@@ -103,9 +130,13 @@ class _BothRanks:
 def torchrun(out: Path, base: Path, shards: int = 1) -> str:
     script = out.parent / f"{out.name}.py"
     script.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return run(script, 2, str(out), str(shards), str(base))
+
+
+def run(script: Path | str, world: int, *arguments: str) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     done = subprocess.run(
-        [*run, str(script), str(out), str(shards), str(base)],
+        [*launch, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -195,6 +226,42 @@ def test_one_process_goes_on_with_a_run_of_two(
     for name in before[0]["dictionaries"]:
         late = [sum(entry["dictionaries"][name]["loss"] for entry in run[30:]) for run in (curve, before)]
         assert late[0] == pytest.approx(late[1], rel=0.1), "other rows, the same dictionary"
+
+
+def test_bytes_of_a_process_fall_with_the_processes_that_share_a_dictionary(tmp_path: Path) -> None:
+    """Parameters, gradients and moments, of every kind of encoder."""
+    script = tmp_path / "bytes.py"
+    script.write_text(BYTES)
+    for world in (1, 2, 4):
+        assert run(script, world, str(tmp_path)).count(f"world size {world}") == world
+    for name in ("dense", "kron"):
+        whole = int((tmp_path / f"{name}-1").read_text())
+        for world in (2, 4):
+            assert int((tmp_path / f"{name}-{world}").read_text()) == pytest.approx(whole / world, rel=0.05)
+
+
+def test_the_command_line_on_two_processes(tmp_path: Path) -> None:
+    """A live harvest of which each process has its share, cached; the first alone speaks."""
+    text = tmp_path / "text.txt"
+    text.write_text(ENGLISH.read_text("utf-8")[:100_000], encoding="utf-8")
+    options = {
+        "model": micro_model("micro-llama"),
+        "text": text,
+        "places": "resid.1",
+        "n_latents": 64,
+        "k": 4,
+        "tokens": 2048,
+        "batch_size": 256,
+        "shard_tokens": 1024,
+        "tensor_parallel": 2,
+        "cache": tmp_path / "cache",
+        "out": tmp_path / "out",
+    }
+    command = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    said = run("-m", 2, "trimtab.cli", "sae", "train", *command)
+    assert said.count("dictionary") == 1
+    assert {0, 1} <= {int(path.stem.split("-")[1]) % 2 for path in (tmp_path / "cache").glob("shard-*")}
+    assert TopKSAE.from_pretrained(tmp_path / "out" / "resid.1").config.n_latents == 64
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ from trimtab.sae import (
     train,
 )
 from trimtab.sae.boost_report import BoostReport, boost_report
-from trimtab.sae.boosted import _check_residual
+from trimtab.sae.boosted import _check_residual, other_origin
 from trimtab.sae.encodings import DenseEncoding
 from trimtab.sae.formats import export_saelens
 from trimtab.sae.functional import Weights, loss_and_gradients
@@ -275,7 +276,9 @@ def test_parts_of_other_precisions_go_together(dtype: torch.dtype) -> None:
     sparse = boosted.decode_sparse(boosted.encode_sparse(x))
     torch.testing.assert_close(sparse, boosted.decode(boosted.encode(x)), rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(boosted(x).to(sparse.dtype), sparse, rtol=2e-2, atol=2e-2)
-    assert boosted.stitch().dtype == torch.promote_types(dtype, torch.float32)
+    with pytest.raises(TrimtabError, match=r"residual 'one' is torch\.float32, the base torch\..*other latents would"):
+        boosted.stitch()
+    assert BoostedSAE(old, {"one": residual(5).to(dtype)}).stitch().dtype == dtype
     with torch.no_grad():
         silent.threshold.fill_(torch.inf)
     assert torch.equal(BoostedSAE(old, {"one": silent})(x), old(x))
@@ -293,6 +296,25 @@ def test_what_cannot_be_boosted_or_stitched_is_refused() -> None:
             BoostedSAE(topk(), {name: residual()})
     with pytest.raises(TrimtabError, match="is a TopKSAE; accepted: a JumpReLUSAE"):
         _check_residual("one", topk(), topk())
+
+
+def test_a_residual_of_another_place_or_model_is_refused() -> None:
+    def of(model: str, place: str, sha: str | None = None) -> dict[str, Any]:
+        ours = {"place": place, "activations": {"model_sha256": sha}}
+        return {"model_name": model, "hook_name": f"hook of {place}", "trimtab": ours}
+
+    base = of("google/gemma", "resid.2", "a")
+    assert other_origin(of("folder/Gemma", "resid.2"), base) is None
+    assert other_origin(of("copy", "resid.2", "a"), base) is None
+    assert other_origin({}, base) is None
+    assert other_origin({"hook_name": "hook of resid.2", "model_name": "gemma"}, base) is None
+    assert other_origin(of("google/gemma", "resid.7"), base) == ("place 'resid.7'", "place 'resid.2'")
+    assert other_origin(of("google/t5", "resid.2", "b"), base) == ("model 'google/t5'", "model 'google/gemma'")
+    old, new = jump(), residual()
+    old.config.metadata.update(base)
+    new.config.metadata.update(of("google/t5", "resid.2", "b"))
+    with pytest.raises(TrimtabError, match="residual 'one' is of model 'google/t5', the base of model 'google/gemma'"):
+        BoostedSAE(old, {"one": new})
 
 
 # -- residuals that read the error -----------------------------------------------------------------
@@ -455,8 +477,12 @@ def test_a_perfect_base_leaves_nothing_to_learn(tmp_path: Path) -> None:
     exact.save_pretrained(tmp_path / "exact")
     dictionary = DictionaryConfig(place="x", n_latents=8, k=2, base=str(tmp_path / "exact"))
     x = torch.randn(1000, 24, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(TrimtabError, match="do not vary: there is nothing to learn"):
-        train([dictionary], TensorShards({"x": x}), settings(), tmp_path / "run")
+    residual = train([dictionary], TensorShards({"x": x}), settings(), tmp_path / "run")["x"]
+    assert isinstance(residual, JumpReLUSAE)
+    assert not residual(x).any()
+    assert torch.equal(BoostedSAE(exact, {"nothing": residual})(x), exact(x))
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert {entry["dictionaries"]["x"]["loss"] for entry in history} == {0.0}
 
 
 @pytest.mark.parametrize("subtract", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
@@ -35,4 +36,11 @@ def load_model(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool =
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise TrimtabError(f"model={name!r} cannot be loaded: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to(_device()).eval(), tokenizer
+
+
+def _device() -> torch.device:
+    """This process's GPU where there is one: that of LOCAL_RANK, as torchrun and accelerate set it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

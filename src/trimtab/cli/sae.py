@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +25,8 @@ from trimtab.sae.explanations import latents_of_text
 from trimtab.sae.extended import ExtendInit
 from trimtab.sae.harvest import Harvest, HarvestConfig, ShardCache, ShardSource
 from trimtab.sae.jumprelu import EncoderInput, JumpReLUSAE
+from trimtab.sae.kron import Activation
+from trimtab.sae.metrics import area_under_curve, ev_curve
 from trimtab.sae.metrics import evaluate as evaluate_sae
 from trimtab.sae.mixture import Mixture
 from trimtab.sae.modeling import TopKSAE
@@ -74,6 +77,7 @@ class KindSettings:
 
     Args:
         target: activation to write, for transcoders; default: the one that is read
+        kron_activation: of a KronSAE: mand, or one of the paper's ablations, relu_product and product
         objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
             4 k; matryoshka, from the first latents of the dictionary
         sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
@@ -87,6 +91,7 @@ class KindSettings:
     """
 
     target: str | None = None
+    kron_activation: Activation = "mand"
     objective: ObjectiveName = "reconstruction"
     sparsifier: Sparsifier = "topk"
     base: str | None = None
@@ -107,6 +112,7 @@ def train(
     seeds: list[int] = [0],  # noqa: B006
     kron: list[int] = [],  # noqa: B006
     budgets: list[int] = [],  # noqa: B006
+    budget_weights: list[float] = [],  # noqa: B006
     replay_text: str | None = None,
     replay_share: float = 0.1,
     dtype: Dtype = "float32",
@@ -133,6 +139,7 @@ def train(
         seeds: seeds of initial weights
         kron: m and n of KronSAEs, whose heads have m x n latents; default: dense encoders
         budgets: hierarchical: numbers of latents, default all of 1 to k; matryoshka: lengths of prefixes
+        budget_weights: hierarchical: a weight for each of the budgets; default: equal ones
         replay_text: general text whose activations are mixed in: a file, folder or dataset as for text
         replay_share: its share of the activations
         dtype: of the language model
@@ -151,6 +158,7 @@ def train(
             k=active,
             kron=(kron[0], kron[1]) if kron else None,
             budgets=tuple(budgets) or None,
+            budget_weights=tuple(budget_weights) or None,
             seed=seed,
             **asdict(kind),
         )
@@ -180,6 +188,8 @@ def train(
 def evaluate(
     directory: Path,
     *,
+    k: int | None = None,
+    budgets: list[int] = [],  # noqa: B006
     tokens: int = 32_768,
     ce_tokens: int = 8_192,
     trust_remote_code: bool = False,
@@ -192,6 +202,8 @@ def evaluate(
 
     Args:
         directory: a dictionary, as `trimtab sae train` writes them
+        k: measure it with so many latents of a token; default: as many as it has
+        budgets: explained variance with so many latents too, for each of these, and the area under the curve
         tokens: tokens for explained variance, L0 and densities
         ce_tokens: tokens for the loss of the model with the reconstruction spliced in
         trust_remote_code: run code that comes with the model
@@ -207,13 +219,22 @@ def evaluate(
             live,
             place=place,
             target=target,
+            k=k,
             tokens=tokens,
             ce_tokens=ce_tokens,
             advance=bar.advance,
         )
-    write_file(directory / "evaluation.json", json.dumps(evaluation.summary(), indent=2).encode())
+    found = evaluation.summary() | ({"k": k} if k is not None else {})
+    if budgets:
+        if target is not None or isinstance(sae, JumpReLUSAE):
+            raise TrimtabError(f"budgets={budgets} are for TopK autoencoders; {str(directory)!r} is another dictionary")
+        sequences = -(-tokens // live.config.context)
+        curve = ev_curve(sae, torch.cat([f.rows(place) for f in live.forwards(sequences=sequences)]), budgets)
+        found |= {f"explained_variance_at_{j}": value for j, value in curve.items()}
+        found["area_under_curve"] = area_under_curve(curve)
+    write_file(directory / "evaluation.json", json.dumps(found, indent=2).encode())
     table = Table("measure", "value", title=str(directory))
-    for name, value in evaluation.summary().items():
+    for name, value in found.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     Console().print(table)
 

@@ -94,7 +94,7 @@ def parent_latents(
     size = int(sparse.indices.max()) + 1
     fires = (sparse.values > 0).double()
     hits, fired = (
-        kernels.add_outer(fires, sparse.indices, tokens.double(), torch.empty(size, tokens.shape[1]).double())
+        kernels.add_outer(fires, sparse.indices, tokens.double(), fires.new_empty(size, tokens.shape[1]))
         for tokens in (alone, other)
     )
     f1, latent = (2 * hits / (fired + alone.sum(0))).max(0)

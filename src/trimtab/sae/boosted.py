@@ -22,11 +22,11 @@ Train a residual with `DictionaryConfig(place, n_latents=1024, k=5, base="…")`
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -160,6 +160,10 @@ class BoostedSAE(nn.Module):
         """In which base and residuals are added: an error of bfloat16 numbers would be their rounding."""
         return _wide(torch.promote_types(x.dtype, self.base.dtype))
 
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
     def stitch(self) -> JumpReLUSAE:
         """One dictionary of all latents, in the order of `feature_slices`, with what is off left out.
 
@@ -203,7 +207,7 @@ class BoostedSAE(nn.Module):
 
 
 def stitch(base: TopKSAE, residuals: Mapping[str, JumpReLUSAE]) -> JumpReLUSAE:
-    """`base` and `residuals` as one dictionary, in the widest of their dtypes (see the module's docstring)."""
+    """`base` and `residuals` as one, as the module's docstring says. Raises TrimtabError where that is not exact."""
     if not isinstance(base, JumpReLUSAE):
         raise TrimtabError(
             f"the base is a {type(base).__name__}, whose selection is among all latents; accepted: a JumpReLUSAE"
@@ -214,8 +218,12 @@ def stitch(base: TopKSAE, residuals: Mapping[str, JumpReLUSAE]) -> JumpReLUSAE:
                 f"residual {name!r} has encoder_input='error': it reads what the base leaves over, and one encoder "
                 "reads x; accepted: 'input'. save_pretrained keeps base and residuals together"
             )
+        if residual.dtype != base.dtype:
+            raise TrimtabError(
+                f"residual {name!r} is {residual.dtype}, the base {base.dtype}: one dictionary would compute in one "
+                "dtype, and other latents would fire; convert one of them first, such as with base.float()"
+            )
     parts = {"base": base, **residuals}
-    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
     slices, total = {}, 0
     for name, part in parts.items():
         slices[name] = [total, total + part.config.n_latents]
@@ -223,14 +231,14 @@ def stitch(base: TopKSAE, residuals: Mapping[str, JumpReLUSAE]) -> JumpReLUSAE:
     ours = base.config.metadata.get("trimtab")
     metadata = base.config.metadata | {"trimtab": (ours if isinstance(ours, dict) else {}) | {"stitched": slices}}
     shape = {k: v for k, v in base.config.to_dict().items() if k != "k"} | {"n_latents": total, "metadata": metadata}
-    stitched = JumpReLUSAE(JumpReLUSAEConfig(**shape)).to(base.device, dtype)
+    stitched = JumpReLUSAE(JumpReLUSAEConfig(**shape)).to(base.device, base.dtype)
     with torch.no_grad():
-        shift = base.decoder_bias.to(dtype) * base.config.apply_b_dec_to_input
-        biases = [part.encoder_bias.to(dtype) for part in parts.values()]
-        biases[1:] = [b + r.encoder.to(dtype) @ shift for b, r in zip(biases[1:], residuals.values(), strict=True)]
+        shift = base.decoder_bias * base.config.apply_b_dec_to_input
+        biases = [part.encoder_bias.clone() for part in parts.values()]
+        biases[1:] = [b + r.encoder @ shift for b, r in zip(biases[1:], residuals.values(), strict=True)]
         stitched.encoder_bias.copy_(torch.cat(biases))
         for name in ("encoder", "decoder", "threshold"):
-            getattr(stitched, name).copy_(torch.cat([getattr(part, name).to(dtype) for part in parts.values()]))
+            getattr(stitched, name).copy_(torch.cat([getattr(part, name) for part in parts.values()]))
         stitched.decoder_bias.copy_(base.decoder_bias)
     return stitched
 
@@ -245,6 +253,31 @@ def _check_residual(name: str, residual: TopKSAE, base: TopKSAE) -> None:
         raise TrimtabError(f"residual {name!r} reads and writes {found} features; the base has {wanted}")
     if residual.decoder_bias.any() or residual.config.apply_b_dec_to_input:
         raise TrimtabError(f"residual {name!r} has a decoder bias: it would change every token")
+    other = other_origin(residual.config.metadata, base.config.metadata)
+    if other:
+        raise TrimtabError(f"residual {name!r} is of {other[0]}, the base of {other[1]}")
+
+
+def other_origin(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What two dictionaries' metadata name as their place or model where these differ; None where nothing says so.
+
+    Models are the same if their names are, but for the owner or folder, or if the checksums that Trimtab keeps are.
+    """
+    places = [_ours(metadata).get("place") or metadata.get("hook_name") for metadata in (first, second)]
+    hooks = [metadata.get("hook_name") for metadata in (first, second)]
+    if all(places) and places[0] != places[1] and (not all(hooks) or hooks[0] != hooks[1]):
+        return f"place {places[0]!r}", f"place {places[1]!r}"
+    names = [str(metadata.get("model_name") or "") for metadata in (first, second)]
+    sums = [_ours(_ours(metadata), "activations").get("model_sha256") for metadata in (first, second)]
+    same = names[0].rsplit("/")[-1].lower() == names[1].rsplit("/")[-1].lower() or (sums[0] and sums[0] == sums[1])
+    if all(names) and not same:
+        return f"model {names[0]!r}", f"model {names[1]!r}"
+    return None
+
+
+def _ours(metadata: Mapping[str, Any], key: str = "trimtab") -> Mapping[str, Any]:
+    found = metadata.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _is_name(name: str) -> bool:

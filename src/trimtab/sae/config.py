@@ -75,17 +75,17 @@ class DictionaryConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n_latents < 1:
-            raise TrimtabError(f"n_latents={self.n_latents} must be at least 1")
+        _check_integers(self, "n_latents", "k", least=1)
+        _check_integers(self, "seed", least=0)
         if not 1 <= self.k <= self.n_latents:
             raise TrimtabError(f"k={self.k} must lie between 1 and n_latents={self.n_latents}")
         if self.target == self.place:
             raise TrimtabError(f"target={self.target!r} is the place itself; leave target out for an autoencoder")
-        if self.seed < 0:
-            raise TrimtabError(f"seed={self.seed} must not be negative")
-        if self.kron is not None and (min(self.kron) < 1 or self.n_latents % (self.kron[0] * self.kron[1])):
+        if self.kron is not None and (
+            len(self.kron) != 2 or min(self.kron) < 1 or self.n_latents % (self.kron[0] * self.kron[1])
+        ):
             raise TrimtabError(
-                f"kron={self.kron}: n_latents={self.n_latents} must be a multiple of m x n, both positive"
+                f"kron={self.kron}; accepted: positive m and n with n_latents={self.n_latents} a multiple of m x n"
             )
         if self.sparsifier not in get_args(Sparsifier):
             raise unknown("sparsifier", self.sparsifier, get_args(Sparsifier))
@@ -229,22 +229,14 @@ class TrainingConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        counts = (
-            "tokens",
-            "batch_size",
-            "k_aux",
-            "dead_after",
-            "tensor_parallel",
-            "checkpoint_every",
-            "keep_last",
-            "log_every",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if name in ("k_aux", "dead_after") and value is None:
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise TrimtabError(f"{name}={value!r} must be a whole number of at least 1")
+        counts = ("tokens", "batch_size", "tensor_parallel", "checkpoint_every", "keep_last", "log_every")
+        optional = [name for name in ("k_aux", "dead_after") if getattr(self, name) is not None]
+        _check_integers(self, *counts, *optional, least=1)
+        _check_integers(self, "seed", least=0)
+        if not isinstance(self.unit_norm_decoder, bool):
+            raise TrimtabError(f"unit_norm_decoder={self.unit_norm_decoder!r}; accepted: True, False")
+        if isinstance(self.report_to, str):
+            raise TrimtabError(f"report_to={self.report_to!r}; accepted: a tuple of names")
         for name in ("learning_rate", "alpha"):
             if not math.isfinite(getattr(self, name)):
                 raise TrimtabError(f"{name}={getattr(self, name)!r} must be finite")
@@ -274,3 +266,10 @@ class TrainingConfig:
     def dead_after_tokens(self) -> int:
         """`dead_after`, or its default."""
         return self.dead_after if self.dead_after is not None else max(1, self.tokens // 10)
+
+
+def _check_integers(config: object, *names: str, least: int) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise TrimtabError(f"{name}={value!r} must be a whole number of at least {least}")

@@ -122,7 +122,7 @@ def latents_of_text(
         raise TrimtabError(f"text of {len(token_ids)} tokens is beyond the model's {longest} positions")
     ids = torch.tensor([token_ids], device=next(model.parameters()).device)
     states = act.read(model, [place], {"input_ids": ids}, layers=layers)[place]
-    values, indices = sae.encode_sparse(states[0].float())
+    values, indices = sae.encode_sparse(states[0].to(sae.device).float())
     rows = []
     for t, token_id in enumerate(token_ids):
         pairs = zip(indices[t].tolist(), values[t].tolist(), strict=True)

@@ -64,7 +64,7 @@ def extend_weights(
     activity = torch.zeros(first, device=x.device)
     for part in x.split(ROWS):
         values, indices = old.encode_sparse(part)
-        activity += torch.bincount(indices.flatten(), values.flatten(), minlength=first)
+        activity.index_add_(0, indices.flatten(), values.flatten())
     chosen = activity.topk(len(encoder)).indices
     norms = old.decoder[chosen].norm(dim=-1)  # ranking is by a, so a copy's decoder row may take norm 1
     generator = torch.Generator().manual_seed(seed)

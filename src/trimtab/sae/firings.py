@@ -111,7 +111,7 @@ def collect_firings(
     ids, keeps, parts, sequences = [], [], [], 0
     for forward in harvest.forwards(sequences=-(-tokens // context)):
         where = forward.keep.reshape(-1).nonzero()[:, 0] + sequences * context
-        latents = sae.encode_sparse(forward.activations[place][forward.keep].float())
+        latents = sae.encode_sparse(forward.rows(place).to(sae.device))
         rows, columns = (latents.values > 0).nonzero(as_tuple=True)
         entries = (latents.indices[rows, columns].int(), where[rows].int(), latents.values[rows, columns])
         parts.append(tuple(entry.cpu() for entry in entries))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from trimtab.core import activations as act
 from trimtab.core.checkpoint import write_file
 from trimtab.core.errors import TrimtabError, unknown
-from trimtab.core.text import TextPosition, TextSource, pack, position_from_json
+from trimtab.core.text import PackedSequence, TextPosition, TextSource, pack, position_from_json
 
 __all__ = [
     "Harvest",
@@ -105,6 +105,11 @@ class Forward(NamedTuple):
     activations: dict[str, Tensor]
     following: TextPosition
 
+    def rows(self, place: str) -> Float[Tensor, "tokens width"]:
+        """The activations of the tokens that are kept, in float32."""
+        states = self.activations[place]
+        return states[self.keep.to(states.device)].float()
+
 
 class Harvest:
     """Shards of a model's activations at several places, from text.
@@ -140,6 +145,7 @@ class Harvest:
         if longest is not None and self.config.context > longest:
             raise TrimtabError(f"context={self.config.context} is beyond the model's {longest} positions")
         self._starts = {0: TextPosition()}
+        self._stream: tuple[int, Iterator[PackedSequence] | None] = (0, None)  # the shard at which it stands
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -158,12 +164,14 @@ class Harvest:
 
     def shard(self, index: int) -> dict[str, Tensor]:
         rows: dict[str, list[Tensor]] = {place: [] for place in self.places}
-        following = self._start_of(index)
-        for forward in self.forwards(following, repeat=True, sequences=self.config.sequences_per_shard):
+        stream = self._at(index)
+        self._stream = (index, None)  # until the shard is whole
+        following = self._starts[index]
+        for forward in self._forwards(itertools.islice(stream, self.config.sequences_per_shard)):
             for place, states in forward.activations.items():
-                rows[place].append(states[forward.keep])
+                rows[place].append(states[forward.keep.to(states.device)])
             following = forward.following
-        self._starts[index + 1] = following
+        self._starts[index + 1], self._stream = following, (index + 1, stream)
         return {place: torch.cat(parts) for place, parts in rows.items()}
 
     def forwards(
@@ -173,9 +181,10 @@ class Harvest:
 
         Raises TrimtabError where an activation of a token that is kept is NaN or infinite.
         """
-        packed = itertools.islice(
-            pack(self.source, self.tokenizer, self.config.context, start=start, repeat=repeat), sequences
-        )
+        packed = pack(self.source, self.tokenizer, self.config.context, start=start, repeat=repeat)
+        return self._forwards(itertools.islice(packed, sequences))
+
+    def _forwards(self, packed: Iterator[PackedSequence]) -> Iterator[Forward]:
         device = next(self.model.parameters()).device
         for batch in iter(lambda: list(itertools.islice(packed, self.config.sequences_per_forward)), []):
             ids = torch.stack([s.input_ids for s in batch]).to(device)
@@ -183,7 +192,7 @@ class Harvest:
             with torch.no_grad():
                 states = act.read(self.model, self.places, {"input_ids": ids}, layers=self.layers)
             for place, tensor in states.items():
-                if not torch.isfinite(tensor[keep]).all():
+                if not torch.isfinite(tensor[keep.to(tensor.device)]).all():
                     raise TrimtabError(
                         f"activations at place {place!r} hold NaN or infinity, in the text before {batch[-1].following}"
                     )
@@ -196,20 +205,32 @@ class Harvest:
             return sinks
         for tensor in states.values():
             norms = tensor.float().norm(dim=-1)
-            sinks |= norms > self.config.sink_norm_ratio * norms[keep].median()
+            median = norms[keep.to(norms.device)].median()
+            sinks |= (norms > self.config.sink_norm_ratio * median).to(sinks.device)
         return sinks
 
-    def _start_of(self, index: int) -> TextPosition:
-        """Where shard `index` begins; found by packing, without the model, from the nearest shard that is known."""
+    def _at(self, index: int) -> Iterator[PackedSequence]:
+        """The packed text from the beginning of shard `index` on.
+
+        Where the last shard ended the text is read on; shards in between, those of other processes, are packed and
+        passed over, without the model.
+        """
+        at, stream = self._stream
         nearest = max(i for i in self._starts if i <= index)
-        for i in range(nearest, index):
-            sequences = pack(self.source, self.tokenizer, self.config.context, start=self._starts[i], repeat=True)
-            *_, last = itertools.islice(sequences, self.config.sequences_per_shard)
+        if stream is None or not nearest <= at <= index:
+            at, start = nearest, self._starts[nearest]
+            stream = pack(self.source, self.tokenizer, self.config.context, start=start, repeat=True)
+        self._stream = (at, None)
+        for i in range(at, index):
+            *_, last = itertools.islice(stream, self.config.sequences_per_shard)
             self._starts[i + 1] = last.following
-        return self._starts[index]
+        self._stream = (index, stream)
+        return stream
 
     def state(self, index: int) -> dict[str, Any]:
-        position = self._start_of(index)
+        if index not in self._starts:
+            self._at(index)
+        position = self._starts[index]
         return {"shard": index, "start": [position.epoch, position.piece, position.token]}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from types import ModuleType
 from typing import Literal
@@ -44,7 +45,7 @@ BLOCK_ELEMENTS = 1 << 24
 SCREENING_MARGIN = 1.5
 """With `precision="screened"`, how many times k candidates the bfloat16 product proposes."""
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None and os.environ.get("TRIMTAB_TRITON", "1") != "0"
 
 
 def triton_forms(tensor: Tensor) -> ModuleType | None:

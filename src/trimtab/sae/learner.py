@@ -97,7 +97,9 @@ class Learner:
         """A fresh dictionary whose scales and biases fit `rows`, and whose first reconstructions are small."""
         self = cls(config, training, (rows[config.place].shape[1], rows[config.output].shape[1]), device, processes)
         source, target = self._pair({place: rows[place].to(device) for place in config.places})
-        self.input_scale, self.output_scale = _scale(source, config.place), _scale(target, config.output)
+        self.input_scale = _scale(source, config.place)
+        perfect = self.base is not None and not target.any()  # there is nothing left to learn, which is no error
+        self.output_scale = 1.0 if perfect else _scale(target, config.output)
         scales = self.input_scale, self.output_scale
         source, target = source / self.input_scale, target / self.output_scale
         if not self.shape.apply_b_dec_to_input:
@@ -140,15 +142,18 @@ class Learner:
         return self
 
     def state(self) -> dict[str, Any]:
-        """All that `resume` needs, of the whole dictionary; collective."""
+        """All that `resume` needs, of the whole dictionary, for the first process; collective.
+
+        One tensor after the other is put together, so that no process holds more than one of them beside its own part.
+        """
         moments = self.optimizer.state_dict()
         blocks = list(self._blocks().values())
         whole = {i: {k: self._joined(v, blocks[i]) for k, v in each.items()} for i, each in moments["state"].items()}
         return {
-            "weights": self._whole_weights(),
+            "weights": dict(zip(self._blocks(), map(self._joined, self.weights, blocks), strict=True)),
             "optimizer": moments | {"state": whole},
-            "silent_tokens": self.processes.whole(self.silent_tokens),
-            "fired": self.processes.whole(self.fired),
+            "silent_tokens": self._joined(self.silent_tokens, 1),
+            "fired": self._joined(self.fired, 1),
             "input_mean": self.input_mean,
             "scales": [self.input_scale, self.output_scale],
             "threshold": [self.threshold.rate, self.threshold.sum, self.threshold.batches],
@@ -170,7 +175,7 @@ class Learner:
                 weights["threshold"] = self.processes.whole(self.thresholds.value)
         sae.load_state_dict(weights)
         with torch.no_grad():
-            sae.encoder_bias.sub_((weights["encoder"] @ self.input_mean).to(sae.device))
+            sae.encoder_bias.sub_(weights["encoder"] @ self.input_mean.cpu())
         sae.fold_scales(self.input_scale, self.output_scale)
         if self.old is not None:
             restore(sae, self.old)  # what scaling to and fro has rounded
@@ -236,11 +241,16 @@ class Learner:
         return tensor if blocks is None or not tensor.ndim else self.processes.split(tensor, blocks)
 
     def _joined(self, tensor: Tensor, blocks: int | None) -> Tensor:
-        return tensor if blocks is None or not tensor.ndim else self.processes.whole(tensor, blocks)
+        split = blocks is not None and tensor.ndim
+        return self.processes.whole_for_the_first(tensor, blocks or 1) if split else tensor
 
     def _whole_weights(self) -> dict[str, Tensor]:
+        """The weights of the whole dictionary, on the CPU of every process."""
         pairs = zip(self._blocks().items(), self.weights, strict=True)
-        return {name: self._joined(weight, blocks) for (name, blocks), weight in pairs}
+        return {
+            name: (weight if blocks is None else self.processes.whole(weight, blocks)).detach().cpu()
+            for (name, blocks), weight in pairs
+        }
 
     @torch.no_grad()
     def _take(self, found: TopKSAE | Mapping[str, Tensor]) -> None:
@@ -262,9 +272,9 @@ class Learner:
         x, k = self._centred(source), self.config.k
         (values, indices), _ = top(self.encoding, x, encoder, bias, k, len(decoder), processes=self.processes)
         found = self.processes.sum_of_shards(kernels.mix_rows(values, indices, decoder)).norm()
+        share = INITIAL_SHARE if self.thresholds is None else 1.0
+        wanted = share * (target[: len(source)] - decoder_bias).norm()
         if found > 0:
-            share = INITIAL_SHARE if self.thresholds is None else 1.0
-            wanted = share * (target[: len(source)] - decoder_bias).norm()
             sae.scale_latents((wanted / found).item())  # of the weights: a KronSAE's eps stays that of its shape
         return sae
 

@@ -103,6 +103,8 @@ class ReconstructionMeter:
         if not self.tokens:
             raise TrimtabError("no token was evaluated: the text holds only special tokens and attention sinks")
         variance = self._squares - self._sum.square() / self.tokens
+        if not variance.sum() > 1e-12 * self._squares.sum():
+            raise TrimtabError("the activations do not vary from token to token: there is no variance to explain")
         rest = torch.arange(len(variance)) != variance.argmax()
         return {
             "tokens": self.tokens,
@@ -166,12 +168,14 @@ def evaluate(
     *,
     place: str,
     target: str | None = None,
+    k: int | None = None,
     tokens: int = 32_768,
     ce_tokens: int = 8_192,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
     """Measure `sae`, which reads `place` and writes `target` (None: `place`), on the text of `harvest`.
 
+    k: from so many latents of a token, as `encode_sparse` takes it; None for as many as the dictionary has.
     tokens, ce_tokens: about how many tokens of text the two parts use; a text that is shorter is used whole.
     The text should be one that the dictionary was not trained on. Nothing can be spliced into a place that the model
     computes before `place`: then the cross-entropies are None. advance: told the tokens that are done.
@@ -189,12 +193,12 @@ def evaluate(
     losses = torch.zeros(3, dtype=torch.float64)
     predicted = 0
     for forward in harvest.forwards(sequences=sequences):
-        latents = sae.encode_sparse(forward.activations[place][forward.keep].float())
-        states = forward.activations[output][forward.keep].float()
+        latents = sae.encode_sparse(forward.rows(place).to(sae.device), k)
+        states = forward.rows(output).to(sae.device)
         meter.update(states, sae.decode_sparse(latents), latents.indices[latents.values > 0])
         for i in range(len(forward.input_ids)):
             if predicted < ce_tokens and spliceable:
-                found, count = _losses(sae, harvest, forward, i, place, output)
+                found, count = _losses(sae, harvest, forward, i, place, output, k)
                 losses += found
                 predicted += count
         advance(forward.input_ids.numel())
@@ -219,10 +223,13 @@ def splice(
     *,
     place: str,
     target: str | None = None,
+    k: int | None = None,
     keep: Tensor | None = None,
     layers: nn.ModuleList | str | None = None,
 ) -> AbstractContextManager[None]:
     """Within it, `model` runs on the reconstruction instead of the activation, where `keep` [batch, tokens] is True.
+
+    k: latents of a token, as for `evaluate`.
 
     Raises TrimtabError, from within the model's forward pass, if `target` is computed before `place`.
     """
@@ -236,8 +243,8 @@ def splice(
         if target is not None and not read:
             raise TrimtabError(f"target={target!r} is computed before place={place!r}; accepted: places after it")
         source = read.pop() if target is not None else states
-        reconstruction = sae(source.float()).to(states.dtype)
-        return reconstruction if keep is None else torch.where(keep[..., None], reconstruction, states)
+        found = sae.decode_sparse(sae.encode_sparse(source.to(sae.device).float(), k)).to(states)
+        return found if keep is None else torch.where(keep[..., None].to(states.device), found, states)
 
     edits: dict[str | act.Place, Callable[[Tensor], Tensor]]
     edits = {place: replace} if target is None else {place: remember, target: replace}
@@ -245,7 +252,7 @@ def splice(
 
 
 def _losses(
-    sae: TopKSAE | BoostedSAE, harvest: Harvest, forward: Forward, i: int, place: str, output: str
+    sae: TopKSAE | BoostedSAE, harvest: Harvest, forward: Forward, i: int, place: str, output: str, k: int | None
 ) -> tuple[Tensor, int]:
     """Summed losses of sequence `i`, clean, spliced and ablated, and the number of predicted tokens."""
     model, loss = harvest.model, language_loss(harvest.model)
@@ -254,11 +261,11 @@ def _losses(
     target = None if output == place else output
 
     def ablate(states: Tensor) -> Tensor:
-        return torch.where(keep[..., None], torch.zeros_like(states), states)
+        return torch.where(keep[..., None].to(states.device), torch.zeros_like(states), states)
 
     ways: Iterable[AbstractContextManager[None]] = (
         nullcontext(),
-        splice(model, sae, place=place, target=target, keep=keep, layers=harvest.layers),
+        splice(model, sae, place=place, target=target, k=k, keep=keep, layers=harvest.layers),
         act.edit(model, {output: ablate}, layers=harvest.layers),
     )
     sums, count = [], 0

@@ -32,6 +32,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -202,10 +203,13 @@ def _by_value(latents: Latents) -> Tensor:
 # -- on tensors ------------------------------------------------------------------------------------
 
 RANKS = 8
-"""Processes of one block."""
+"""Ranks of one block."""
 
 BLOCK_ELEMENTS = 1 << 21
 """Entries of the decoder rows that are gathered at once: 8 MiB in float32. Their errors take as much again."""
+
+GPU_BLOCK_ELEMENTS = 1 << 26
+"""The same on other devices than a CPU, which have no cache to stay in, and wait for each call."""
 
 
 def hierarchical_topk_loss(
@@ -250,9 +254,10 @@ def hierarchical_weights(
     k: int, budgets: Sequence[int] | None = None, weights: Sequence[float] | None = None
 ) -> Float[Tensor, " k_plus_1"]:
     """w_0 … w_K in float64 of HierarchicalTopK over `budgets`, as `hierarchical_topk_loss` takes them."""
-    chosen = list(range(1, k + 1)) if budgets is None else [int(budget) for budget in budgets]
-    if not chosen or len(set(chosen)) != len(chosen) or not 1 <= min(chosen) <= max(chosen) <= k:
-        raise TrimtabError(f"budgets={budgets!r}; accepted: one or more different whole numbers of 1 to k={k}")
+    chosen = list(range(1, k + 1)) if budgets is None else list(budgets)
+    whole = all(isinstance(budget, Integral) and not isinstance(budget, bool) for budget in chosen)
+    if not chosen or not whole or sorted({0, *chosen}) != [0, *chosen] or chosen[-1] > k:
+        raise TrimtabError(f"budgets={budgets!r}; accepted: rising whole numbers of 1 to k={k}, at least one")
     each = torch.ones(len(chosen), dtype=torch.float64)
     if weights is not None:
         each = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
@@ -388,7 +393,8 @@ def prefix_loss_and_gradients(
     loss = values.new_zeros(())
     d_values = torch.empty_like(values) if with_gradients else values.new_empty(0)
     d_reconstruction = torch.empty_like(first) if with_gradients else values.new_empty(0)
-    step = min(max(1, BLOCK_ELEMENTS // (k * d)), tokens)
+    elements = BLOCK_ELEMENTS if decoder.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    step = min(max(1, elements // (k * d)), tokens)
     ranks = [slice(a, min(a + RANKS, k)) for a in range(0, k, RANKS)]
     # Matrices of one block of ranks lie together: a product into part of a larger tensor would be taken one by one.
     buffers = [decoder.new_empty(2, step * (r.stop - r.start), d, dtype=wide) for r in ranks]

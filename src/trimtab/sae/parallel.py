@@ -17,6 +17,7 @@ process, whose every method gives back what it is given.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["ALONE", "Processes", "mesh"]
+
+NAMES = ("data", "shard")
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,15 @@ class Processes:
         """Processes that hold a dictionary together."""
         return self._size("shard")
 
-    @property
+    @functools.cached_property
     def shard(self) -> int:
         """Which of them this is."""
-        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank("shard")
+        return self._index("shard")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first process of all, which writes the files."""
+        return not (self._index("data") or self.shard)
 
     # -- sums and means ----------------------------------------------------------------------------
 
@@ -163,7 +171,7 @@ class Processes:
         from torch.distributed.tensor import distribute_tensor
 
         parts = tensor.unflatten(0, (blocks, -1))
-        placed = distribute_tensor(parts, self._mesh_of("shard"), [_cut()], src_data_rank=None)
+        placed = distribute_tensor(parts, self._shards_mesh(), [_cut()], src_data_rank=None)
         return placed.to_local().flatten(0, 1)
 
     def whole(self, tensor: Tensor, blocks: int = 1) -> Tensor:
@@ -173,7 +181,14 @@ class Processes:
         from torch.distributed.tensor import DTensor
 
         parts = tensor.detach().unflatten(0, (blocks, -1)).contiguous()
-        return DTensor.from_local(parts, self._mesh_of("shard"), [_cut()]).full_tensor().flatten(0, 1)
+        return DTensor.from_local(parts, self._shards_mesh(), [_cut()]).full_tensor().flatten(0, 1)
+
+    def whole_for_the_first(self, tensor: Tensor, blocks: int = 1) -> Tensor:
+        """`whole`, on the CPU of the first process; the others get nothing of it to keep."""
+        if self.shards == 1:
+            return tensor
+        found = self.whole(tensor, blocks)
+        return found.cpu() if self.first else found.new_empty(0)
 
     # ----------------------------------------------------------------------------------------------
 
@@ -190,17 +205,26 @@ class Processes:
         return tensor
 
     def _size(self, name: str) -> int:
-        return 1 if self.device_mesh is None else self._mesh_of(name).size()
+        return self._sizes.get(name, 1)
+
+    def _group(self, name: str) -> Any:
+        return self._groups[name]
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {} if self.device_mesh is None else {name: self.device_mesh[name].size() for name in NAMES}
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, Any]:
+        assert self.device_mesh is not None
+        return {name: self.device_mesh.get_group(name) for name in NAMES}
 
     def _index(self, name: str) -> int:
         return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(name)
 
-    def _mesh_of(self, name: str) -> DeviceMesh:
+    def _shards_mesh(self) -> DeviceMesh:
         assert self.device_mesh is not None
-        return self.device_mesh[name]
-
-    def _group(self, name: str) -> Any:
-        return self._mesh_of(name).get_group()
+        return self.device_mesh["shard"]
 
 
 ALONE = Processes()
@@ -214,7 +238,7 @@ def mesh(world: int, shards: int, device: str) -> Processes:
         return ALONE
     from torch.distributed.device_mesh import init_device_mesh
 
-    return Processes(init_device_mesh(device, (world // shards, shards), mesh_dim_names=("data", "shard")))
+    return Processes(init_device_mesh(device, (world // shards, shards), mesh_dim_names=NAMES))
 
 
 def _cut() -> Any:

@@ -131,7 +131,7 @@ class SAEBenchSAE(nn.Module):
             return self.sae.encoder, self.sae.encoder_bias, self.norms
         i, j = self.sae.config.encoding.rows_of(torch.arange(self.cfg.d_sae, device=self.device))
         rows, bias = (part[i] + part[j] for part in (self.sae.encoder, self.sae.encoder_bias))
-        return rows, bias, 1 / rows.norm(dim=-1)
+        return rows, bias, 1 / rows.norm(dim=-1).clamp_min(torch.finfo(rows.dtype).tiny)
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:

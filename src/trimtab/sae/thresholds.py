@@ -112,9 +112,9 @@ def jump_top(
     fires, within = a > own, (a - own).abs() < own * (BANDWIDTH / 2)
 
     def pullback(d_values: Tensor) -> tuple[Tensor, Tensor]:
-        near, size = indices[within], len(encoder)
-        thresholds.d_loss.copy_(torch.bincount(near, d_values[within] * own[within], minlength=size) / -BANDWIDTH)
-        thresholds.d_l0.copy_(torch.bincount(near, minlength=size) / (-BANDWIDTH * len(x)))
+        near = indices[within]
+        thresholds.d_loss.zero_().index_add_(0, near, d_values[within] * own[within]).div_(-BANDWIDTH)
+        thresholds.d_l0.copy_(torch.bincount(near, minlength=len(encoder)) / (-BANDWIDTH * len(x)))
         return d_values * fires, indices
 
     return Latents(a * fires, indices), pullback

@@ -36,6 +36,7 @@ from trimtab.core.interrupts import Interruptible
 from trimtab.core.progress import Progress
 from trimtab.core.schedules import warmup_cosine
 from trimtab.sae import formats
+from trimtab.sae.boosted import other_origin
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.harvest import ShardSource
 from trimtab.sae.learner import Learner
@@ -132,14 +133,14 @@ def _accelerator(config: TrainingConfig, out: Path) -> Accelerator:
 
 def _check_memory(dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, Tensor], shards: int) -> None:
     """Refuse dictionaries whose weights, gradients and optimiser would not fit, before anything is allocated."""
-    available = psutil.virtual_memory().available
+    available, total = psutil.virtual_memory().available, 0.0
     for dictionary in dictionaries:
         width = rows[dictionary.place].shape[1] + rows[dictionary.output].shape[1]
         whole = 4 * (shards > 1)  # the initial weights, before they are cut
-        needed = (16 // shards + whole) * dictionary.n_latents * width
-        if needed > available and rows[dictionary.place].device.type == "cpu":
+        total += (16 / shards + whole) * dictionary.n_latents * width
+        if total > available and rows[dictionary.place].device.type == "cpu":
             raise TrimtabError(
-                f"n_latents={dictionary.n_latents} needs {needed / 2**30:,.1f} GiB in training; "
+                f"n_latents={dictionary.n_latents} needs {total / 2**30:,.1f} GiB in training, with those before it; "
                 f"{available / 2**30:,.1f} GiB are free"
             )
 
@@ -179,15 +180,32 @@ class _Run:
             "training": training,
             "activations": shards.identity,
         }
-        frozen = [directory for d in dictionaries for directory in (d.base, d.extend) if directory is not None]
-        bases = {directory: _weights_digest(directory) for directory in frozen}
+        frozen = {directory: d for d in dictionaries for directory in (d.base, d.extend) if directory is not None}
+        bases = {directory: self._digest_of_base(directory, d) for directory, d in frozen.items()}
         self.identity |= {"bases": bases} if bases else {}
+
+    def _digest_of_base(self, directory: str, dictionary: DictionaryConfig) -> str:
+        """A checksum of its weights: another base makes another run. Refuses that of another model."""
+        base = TopKSAE.from_pretrained(directory)
+        activations = self.shards.identity
+        mine = {"model_name": activations.get("model"), "trimtab": {"activations": activations}}
+        other = other_origin(base.config.metadata, mine)
+        if other:
+            raise TrimtabError(f"base={directory!r} is of {other[0]}, dictionary {dictionary.place!r} of {other[1]}")
+        digest = hashlib.sha256()
+        for weight in base.state_dict().values():
+            digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def resume(self, allow_previous: bool) -> None:
         """Take up the last checkpoint of `out`, or begin."""
         root = self.out / "checkpoints"
-        if checkpoint.latest(root) is None:
-            checkpoint.write_file(self.out / "run.json", json.dumps(self.identity, indent=2).encode())
+        fresh = [checkpoint.latest(root) is None]
+        if self.processes.world > 1:
+            broadcast_object_list(fresh)
+        if fresh[0]:
+            if self.accelerator.is_main_process:
+                checkpoint.write_file(self.out / "run.json", json.dumps(self.identity, indent=2).encode())
             rows = self._rows_of_the_first()
             _check_memory(self._configs, rows, self.config.tensor_parallel)
             device = self.accelerator.device
@@ -318,14 +336,6 @@ class _Run:
                 "prepend_bos": activations["prepend_bos"],
             }
         return metadata
-
-
-def _weights_digest(directory: str) -> str:
-    """A checksum of a dictionary's weights: another base makes another run."""
-    digest = hashlib.sha256()
-    for weight in TopKSAE.from_pretrained(directory).state_dict().values():
-        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _is_there(sae: TopKSAE, directory: Path) -> bool:

@@ -66,7 +66,7 @@ _CUTS = (256, 512, 1024, 2048)
 
 EXPERIMENT = Experiment(
     method="kron-sae",
-    claim="At equal encoder FLOPs and a small budget KronSAE explains more variance than TopK.",
+    claim="At equal encoder FLOPs and a small budget KronSAE explains more variance than dense dictionaries.",
     paper_figure="on par with TopK under equal FLOPs; EV 0.814 against 0.809 at L0 = 32 (arXiv 2505.22255v3, table 6)",
     metric=METRIC,
     higher_is_better=True,
