@@ -246,6 +246,14 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     assert variances[1] > variances[0] - 0.05
     assert main(["sae", "show", base, "--prompt", "w1 w2"]) == 0
     assert "at most" not in capsys.readouterr().out
+    assert main(["sae", "score", base, "--text", str(bed / "held-out.txt"), "--tokens", "2000", "--latents", "3"]) == 0
+    scores = json.loads((Path(base) / "scores.json").read_text())
+    assert 1 <= len(scores) <= 3
+    assert all(0 <= row[name] <= 1 for row in scores for name in ("detection", "fuzzing"))
+    assert main(["sae", "stitch", base, str(tmp_path / "new" / "resid.0"), "--out", str(tmp_path / "one")]) == 0
+    assert TopKSAE.from_pretrained(tmp_path / "one").config.n_latents == 48 + 8
+    dial_ = str(tmp_path / "dial" / "resid.0")
+    assert "accepted: one trained with --base" in refused(["sae", "stitch", base, dial_, "--out", "x"], capsys)
     more["encoder_input"] = "error"
     assert main(command(bed, tmp_path / "of-error", n_latents="8", k="2", **more)) == 0
     directory = str(tmp_path / "of-error" / "resid.0")

@@ -48,6 +48,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "eval": Command("sae", "evaluate", "measure a dictionary on text"),
         "explain": Command("sae", "explain", "find what latents respond to, and write a page to browse them"),
         "show": Command("sae", "show", "show which latents fire on a text"),
+        "score": Command("sae_finished", "score", "score how well latents are explained by their tokens"),
+        "stitch": Command("sae_finished", "stitch", "put a dictionary and its additions into one"),
     },
     "gallery": {
         "run": Command("gallery", "run", "measure methods beside their baselines"),

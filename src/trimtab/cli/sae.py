@@ -34,7 +34,7 @@ from trimtab.sae.plan import plan
 from trimtab.sae.selection import Sparsifier
 from trimtab.sae.trainer import train as train_dictionaries
 
-__all__ = ["KindSettings", "ModelSettings", "TextSettings", "evaluate", "explain", "show", "train"]
+__all__ = ["KindSettings", "ModelSettings", "TextSettings", "evaluate", "explain", "open_with_model", "show", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,11 +260,7 @@ def explain(
     """
     if not 1 <= n_latents <= MAX_LATENTS:
         raise TrimtabError(f"n_latents={n_latents} must lie between 1 and {MAX_LATENTS}")
-    sae, place, target = _open_reader(directory)
-    lm, tokenizer, layers = _model(sae, model, trust_remote_code)
-    live = Harvest(
-        lm, tokenizer, text.source(tokenizer), [place, target or place], _trained_harvest(sae), layers=layers
-    )
+    sae, place, live = open_with_model(directory, text, model, trust_remote_code)
     with Progress("explaining", tokens, "tokens") as bar:
         page = dictionary_page(
             sae,
@@ -313,6 +309,16 @@ def _open(directory: Path) -> tuple[TopKSAE, str, str | None]:
     """The dictionary, the place that it reads, and the one that it writes if another."""
     sae = TopKSAE.from_pretrained(directory)
     return (sae, *place_of(sae))
+
+
+def open_with_model(
+    directory: Path, text: TextSettings, model: ModelSettings, trust_remote_code: bool
+) -> tuple[TopKSAE, str, Harvest]:
+    """A dictionary that reads the model itself, the place that it reads, and the model's activations on a text."""
+    sae, place, target = _open_reader(directory)
+    lm, tokenizer, layers = _model(sae, model, trust_remote_code)
+    read = [place, target or place]
+    return sae, place, Harvest(lm, tokenizer, text.source(tokenizer), read, _trained_harvest(sae), layers=layers)
 
 
 def _open_reader(directory: Path) -> tuple[TopKSAE, str, str | None]:
