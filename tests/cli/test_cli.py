@@ -252,7 +252,9 @@ def test_a_dictionary_is_boosted_and_fine_tuned_from_the_command_line(
     assert all(0 <= row[name] <= 1 for row in scores for name in ("detection", "fuzzing"))
     assert main(["sae", "stitch", base, str(tmp_path / "new" / "resid.0"), "--out", str(tmp_path / "one")]) == 0
     assert TopKSAE.from_pretrained(tmp_path / "one").config.n_latents == 48 + 8
+    assert "was not trained with --base" in refused(["sae", "stitch", base, base, "--out", "x"], capsys)
     dial_ = str(tmp_path / "dial" / "resid.0")
+    assert "must lie between 1 and" in refused(["sae", "eval", dial_, "--text", "x", "--budgets", "9"], capsys)
     assert "accepted: one trained with --base" in refused(["sae", "stitch", base, dial_, "--out", "x"], capsys)
     more["encoder_input"] = "error"
     assert main(command(bed, tmp_path / "of-error", n_latents="8", k="2", **more)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -306,6 +307,10 @@ def test_a_residual_of_another_place_or_model_is_refused() -> None:
     base = of("google/gemma", "resid.2", "a")
     assert other_origin(of("folder/Gemma", "resid.2"), base) is None
     assert other_origin(of("copy", "resid.2", "a"), base) is None
+    assert other_origin({"hook_name": "hook of resid.2", "model_name": "gemma-small/"}, base) is None
+    before = {"hook_name": "blocks.8.hook_resid_pre"}
+    assert other_origin(before, {"hook_name": "blocks.7.hook_resid_post", "trimtab": {"place": "resid.7"}}) is None
+    assert other_origin(before, {"hook_name": "blocks.8.hook_resid_post"}) is not None
     assert other_origin({}, base) is None
     assert other_origin({"hook_name": "hook of resid.2", "model_name": "gemma"}, base) is None
     assert other_origin(of("google/gemma", "resid.7"), base) == ("place 'resid.7'", "place 'resid.2'")
@@ -483,6 +488,8 @@ def test_a_perfect_base_leaves_nothing_to_learn(tmp_path: Path) -> None:
     assert torch.equal(BoostedSAE(exact, {"nothing": residual})(x), exact(x))
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert {entry["dictionaries"]["x"]["loss"] for entry in history} == {0.0}
+    of_error = dataclasses.replace(dictionary, encoder_input="error")
+    assert not train([of_error], TensorShards({"x": x}), settings(), tmp_path / "error")["x"](x).any()
 
 
 @pytest.mark.parametrize("subtract", [True, False])

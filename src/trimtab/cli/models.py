@@ -43,4 +43,4 @@ def _device() -> torch.device:
     """This process's GPU where there is one: that of LOCAL_RANK, as torchrun and accelerate set it."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

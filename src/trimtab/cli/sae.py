@@ -209,13 +209,21 @@ def evaluate(
         trust_remote_code: run code that comes with the model
     """
     sae, place, target = _open(directory)
+    if budgets and (target is not None or isinstance(sae, JumpReLUSAE)):
+        raise TrimtabError(f"budgets={budgets} are for TopK autoencoders; {str(directory)!r} is another dictionary")
+    for name, wanted in (("budgets", budgets), ("k", [] if k is None else [k])):
+        if wanted and not 1 <= min(wanted) <= max(wanted) <= sae.config.k:
+            raise TrimtabError(f"{name}={wanted} must lie between 1 and the dictionary's k={sae.config.k}")
     lm, tokenizer, layers = _model(sae, model, trust_remote_code)
     live = Harvest(
         lm, tokenizer, text.source(tokenizer), [place, target or place], _trained_harvest(sae), layers=layers
     )
+    measured = _with_base(sae, live.model)
+    if k is not None and isinstance(measured, BoostedSAE):
+        raise TrimtabError(f"k={k} has no meaning for a dictionary and its base together; accepted: leave it out")
     with Progress("evaluating", tokens, "tokens") as bar:
         evaluation = evaluate_sae(
-            _with_base(sae, live.model),
+            measured,
             live,
             place=place,
             target=target,
@@ -226,8 +234,6 @@ def evaluate(
         )
     found = evaluation.summary() | ({"k": k} if k is not None else {})
     if budgets:
-        if target is not None or isinstance(sae, JumpReLUSAE):
-            raise TrimtabError(f"budgets={budgets} are for TopK autoencoders; {str(directory)!r} is another dictionary")
         sequences = -(-tokens // live.config.context)
         curve = ev_curve(sae, torch.cat([f.rows(place) for f in live.forwards(sequences=sequences)]), budgets)
         found |= {f"explained_variance_at_{j}": value for j, value in curve.items()}

@@ -13,7 +13,7 @@ from trimtab.cli.sae import ModelSettings, TextSettings, open_with_model
 from trimtab.core.checkpoint import write_file
 from trimtab.core.errors import TrimtabError
 from trimtab.core.progress import Progress
-from trimtab.sae.boosted import BoostedSAE
+from trimtab.sae.boosted import BoostedSAE, weights_digest
 from trimtab.sae.judging import score_latents
 from trimtab.sae.jumprelu import JumpReLUSAE
 from trimtab.sae.modeling import TopKSAE
@@ -29,13 +29,17 @@ def stitch(base: Path, residuals: list[Path], *, out: Path) -> None:
         residuals: dictionaries that were trained with it
         out: directory of the one dictionary, in SAELens's format
     """
-    parts: dict[str, JumpReLUSAE] = {}
+    old, parts = TopKSAE.from_pretrained(base), dict[str, JumpReLUSAE]()
     for directory in residuals:
         residual = TopKSAE.from_pretrained(directory)
         if not isinstance(residual, JumpReLUSAE):
             raise TrimtabError(f"{str(directory)!r} is a {type(residual).__name__}; accepted: one trained with --base")
-        parts[f"addition-{len(parts) + 1}"] = residual
-    boosted = BoostedSAE(TopKSAE.from_pretrained(base), parts)
+        match residual.config.metadata:
+            case {"trimtab": {"base_sha256": str(digest)}} if digest == weights_digest(old):
+                parts[f"addition-{len(parts) + 1}"] = residual
+            case _:
+                raise TrimtabError(f"{str(directory)!r} was not trained with --base {str(base)!r}")
+    boosted = BoostedSAE(old, parts)
     stitched = boosted.stitch()
     stitched.save_pretrained(out)
     table = Table("dictionary", "its latents", title=f"{out}, {stitched.config.n_latents:,} latents")

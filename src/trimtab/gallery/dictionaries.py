@@ -83,11 +83,11 @@ def place_of(sae: TopKSAE) -> tuple[str, str | None]:
     match metadata.get("trimtab"), str(metadata.get("hook_name")).split("."):
         case {"place": str(place), **rest}, _ if isinstance(target := rest.get("target"), str | None):
             return place, target
-        case None, ["blocks", layer, hook] if hook in _HOOKS:
+        case _, ["blocks", layer, hook] if hook in _HOOKS:
             return f"{_HOOKS[hook]}.{layer}", None
-        case None, ["blocks", "0", "hook_resid_pre"]:
+        case _, ["blocks", "0", "hook_resid_pre"]:
             return "embed", None
-        case None, ["blocks", layer, "hook_resid_pre"] if layer.isdecimal():
+        case _, ["blocks", layer, "hook_resid_pre"] if layer.isdecimal():
             return f"resid.{int(layer) - 1}", None
     raise TrimtabError("the dictionary's cfg.json does not say which place of the model it reads")
 

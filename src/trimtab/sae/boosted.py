@@ -22,6 +22,7 @@ Train a residual with `DictionaryConfig(place, n_latents=1024, k=5, base="…")`
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -261,18 +262,37 @@ def _check_residual(name: str, residual: TopKSAE, base: TopKSAE) -> None:
 def other_origin(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str] | None:
     """What two dictionaries' metadata name as their place or model where these differ; None where nothing says so.
 
-    Models are the same if their names are, but for the owner or folder, or if the checksums that Trimtab keeps are.
+    Models are compared by the checksums that Trimtab keeps, else by their names without owner, folder and what one of
+    them has behind the other ("gpt2" and "gpt2-small").
     """
-    places = [_ours(metadata).get("place") or metadata.get("hook_name") for metadata in (first, second)]
-    hooks = [metadata.get("hook_name") for metadata in (first, second)]
+    both = first, second
+    places = [_ours(metadata).get("place") or canonical_hook(metadata) for metadata in both]
+    hooks = [canonical_hook(metadata) for metadata in both]
     if all(places) and places[0] != places[1] and (not all(hooks) or hooks[0] != hooks[1]):
         return f"place {places[0]!r}", f"place {places[1]!r}"
-    names = [str(metadata.get("model_name") or "") for metadata in (first, second)]
-    sums = [_ours(_ours(metadata), "activations").get("model_sha256") for metadata in (first, second)]
-    same = names[0].rsplit("/")[-1].lower() == names[1].rsplit("/")[-1].lower() or (sums[0] and sums[0] == sums[1])
+    names = [str(metadata.get("model_name") or "") for metadata in both]
+    sums = [_ours(_ours(metadata), "activations").get("model_sha256") for metadata in both]
+    short = [name.rstrip("/").rsplit("/")[-1].lower() for name in names]
+    same = sums[0] == sums[1] if all(sums) else short[0].startswith(short[1]) or short[1].startswith(short[0])
     if all(names) and not same:
         return f"model {names[0]!r}", f"model {names[1]!r}"
     return None
+
+
+def canonical_hook(metadata: Mapping[str, Any]) -> str | None:
+    """The hook point that SAELens's metadata names; what enters a block is what left the one before."""
+    match str(metadata.get("hook_name") or "").split("."):
+        case ["blocks", layer, "hook_resid_pre"] if layer.isdecimal() and int(layer):
+            return f"blocks.{int(layer) - 1}.hook_resid_post"
+    return metadata.get("hook_name")
+
+
+def weights_digest(sae: TopKSAE) -> str:
+    """A checksum of a dictionary's weights."""
+    digest = hashlib.sha256()
+    for weight in sae.state_dict().values():
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _ours(metadata: Mapping[str, Any], key: str = "trimtab") -> Mapping[str, Any]:

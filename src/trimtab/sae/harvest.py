@@ -247,7 +247,8 @@ def longest_context(model: nn.Module) -> int | None:
 def _model_digest(model: nn.Module, config: Any) -> str:
     """A checksum of the configuration and the first 64 entries of every weight: other weights, other digest."""
     described = config.to_dict() if config is not None else {"class": type(model).__name__}
-    described.pop("transformers_version", None)  # of the reader, not of the model
+    for name in ("transformers_version", "_name_or_path"):  # of the reader and of where it lies, not of the model
+        described.pop(name, None)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
         digest.update(name.encode())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trimtab.core.activations import tl_hook_name
 from trimtab.core.errors import TrimtabError
+from trimtab.sae.boosted import canonical_hook
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.extended import extend_weights
 from trimtab.sae.jumprelu import JumpReLUSAE
@@ -56,7 +57,7 @@ def open_base(config: DictionaryConfig) -> TopKSAE:
     match base.config.metadata:
         case {"trimtab": {"place": str(place)}} if place != config.place:
             raise TrimtabError(f"{what} reads place {place!r}, this dictionary {config.place!r}")
-        case {"hook_name": str(hook)} if hook != _hook_of(config.place, hook):
+        case {"hook_name": str(hook)} if canonical_hook(base.config.metadata) != _hook_of(config.place, hook):
             raise TrimtabError(f"{what} reads hook {hook!r}, this dictionary place {config.place!r}")
     if isinstance(base, JumpReLUSAE) and base.config.encoder_input == "error":
         raise TrimtabError(f"{what} reads the error of another dictionary; accepted: one that reads x")

@@ -97,8 +97,8 @@ class Learner:
         """A fresh dictionary whose scales and biases fit `rows`, and whose first reconstructions are small."""
         self = cls(config, training, (rows[config.place].shape[1], rows[config.output].shape[1]), device, processes)
         source, target = self._pair({place: rows[place].to(device) for place in config.places})
-        self.input_scale = _scale(source, config.place)
         perfect = self.base is not None and not target.any()  # there is nothing left to learn, which is no error
+        self.input_scale = 1.0 if perfect and config.encoder_input == "error" else _scale(source, config.place)
         self.output_scale = 1.0 if perfect else _scale(target, config.output)
         scales = self.input_scale, self.output_scale
         source, target = source / self.input_scale, target / self.output_scale

@@ -20,8 +20,8 @@ EMPTY_SHARDS = 16
 class Mixture:
     """Shards of `main` with rows of `other` among them, as a share of all rows: replay of general text, say.
 
-    With r = share / (1 - share), shard i of `main` gets r times its rows from `other`, from i r shards on: rows of both
-    are used up evenly, about once each.
+    With r = share / (1 - share), shard i of `main` gets r times its rows from `other`, from i r shards on: where shards
+    of both have about the same length, rows of both are used up evenly, about once each.
     Raises TrimtabError for sources of different places or a share outside 0 … 1.
     """
 

@@ -14,7 +14,6 @@ by another number of processes: weights and moments are the same, and the text g
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,7 +35,7 @@ from trimtab.core.interrupts import Interruptible
 from trimtab.core.progress import Progress
 from trimtab.core.schedules import warmup_cosine
 from trimtab.sae import formats
-from trimtab.sae.boosted import other_origin
+from trimtab.sae.boosted import other_origin, weights_digest
 from trimtab.sae.config import DictionaryConfig, TrainingConfig
 from trimtab.sae.harvest import ShardSource
 from trimtab.sae.learner import Learner
@@ -135,7 +134,8 @@ def _check_memory(dictionaries: Sequence[DictionaryConfig], rows: Mapping[str, T
     """Refuse dictionaries whose weights, gradients and optimiser would not fit, before anything is allocated."""
     available, total = psutil.virtual_memory().available, 0.0
     for dictionary in dictionaries:
-        width = rows[dictionary.place].shape[1] + rows[dictionary.output].shape[1]
+        m, n = dictionary.kron or (1, 0)
+        width = rows[dictionary.place].shape[1] * (m + n) / (m * n or 1) + rows[dictionary.output].shape[1]
         whole = 4 * (shards > 1)  # the initial weights, before they are cut
         total += (16 / shards + whole) * dictionary.n_latents * width
         if total > available and rows[dictionary.place].device.type == "cpu":
@@ -191,11 +191,9 @@ class _Run:
         mine = {"model_name": activations.get("model"), "trimtab": {"activations": activations}}
         other = other_origin(base.config.metadata, mine)
         if other:
-            raise TrimtabError(f"base={directory!r} is of {other[0]}, dictionary {dictionary.place!r} of {other[1]}")
-        digest = hashlib.sha256()
-        for weight in base.state_dict().values():
-            digest.update(weight.contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            name = "extend" if dictionary.base is None else "base"
+            raise TrimtabError(f"{name}={directory!r} is of {other[0]}, dictionary {dictionary.place!r} of {other[1]}")
+        return weights_digest(base)
 
     def resume(self, allow_previous: bool) -> None:
         """Take up the last checkpoint of `out`, or begin."""
@@ -327,6 +325,8 @@ class _Run:
             "training": self.identity["training"],
             "final": dictionary.losses,
         }
+        if dictionary.config.base is not None:
+            ours["base_sha256"] = self.identity["bases"][dictionary.config.base]
         metadata: dict[str, Any] = {"trimtab": json.loads(json.dumps(ours))}
         if "model" in activations:
             metadata |= {
