@@ -489,7 +489,9 @@ def test_a_perfect_base_leaves_nothing_to_learn(tmp_path: Path) -> None:
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert {entry["dictionaries"]["x"]["loss"] for entry in history} == {0.0}
     of_error = dataclasses.replace(dictionary, encoder_input="error")
-    assert not train([of_error], TensorShards({"x": x}), settings(), tmp_path / "error")["x"](x).any()
+    residual = train([of_error], TensorShards({"x": x}), settings(), tmp_path / "error")["x"]
+    assert isinstance(residual, JumpReLUSAE)
+    assert torch.equal(BoostedSAE(exact, {"nothing": residual})(x), exact(x))
 
 
 @pytest.mark.parametrize("subtract", [True, False])

@@ -80,14 +80,17 @@ def training_curves(history: list[dict[str, Any]], name: str) -> dict[str, list[
 def place_of(sae: TopKSAE) -> tuple[str, str | None]:
     """The place that a dictionary reads, and the one that it writes if it is another."""
     metadata = sae.config.metadata
-    match metadata.get("trimtab"), str(metadata.get("hook_name")).split("."):
+    ours = metadata.get("trimtab")
+    if isinstance(ours, dict) and ours.keys() == {"stitched"}:  # its base was not ours
+        ours = None
+    match ours, str(metadata.get("hook_name")).split("."):
         case {"place": str(place), **rest}, _ if isinstance(target := rest.get("target"), str | None):
             return place, target
-        case _, ["blocks", layer, hook] if hook in _HOOKS:
+        case None, ["blocks", layer, hook] if hook in _HOOKS:
             return f"{_HOOKS[hook]}.{layer}", None
-        case _, ["blocks", "0", "hook_resid_pre"]:
+        case None, ["blocks", "0", "hook_resid_pre"]:
             return "embed", None
-        case _, ["blocks", layer, "hook_resid_pre"] if layer.isdecimal():
+        case None, ["blocks", layer, "hook_resid_pre"] if layer.isdecimal():
             return f"resid.{int(layer) - 1}", None
     raise TrimtabError("the dictionary's cfg.json does not say which place of the model it reads")
 
