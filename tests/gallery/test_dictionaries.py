@@ -125,6 +125,7 @@ def test_a_run_without_history_has_none(tmp_path: Path) -> None:
         ({"hook_name": "blocks.12.hook_mlp_out"}, ("mlp.12", None)),
         ({"hook_name": "blocks.3.hook_resid_pre"}, ("resid.2", None)),
         ({"hook_name": "blocks.0.hook_resid_pre"}, ("embed", None)),
+        ({"hook_name": "blocks.9.hook_resid_post", "trimtab": {"stitched": {}}}, ("resid.9", None)),
     ],
 )
 def test_the_place_is_that_of_the_metadata(metadata: dict[str, Any], expected: tuple[str, str | None]) -> None:
