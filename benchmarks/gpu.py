@@ -7,6 +7,8 @@ F = 65,536, d = 2,304, float32, K = 32, 64, 128, and 8,192 tokens or the half, q
             HierarchicalTopK with every prefix beside TopK
     loss    forward and backward through autograd: ours beside the plain formula, compiled, and beside our PyTorch form
     top     the K largest of 65,536 entries in each of 256 rows, beside `torch.topk`
+    train   whole training steps, K = 64, the products in bfloat16, a quarter of the latents dead and AuxK on, beside
+            sparsify's coder as its trainer steps it, both with fused Adam
 
 Times are those of one call, the device waited for; memory is the peak over what was held before the call. Run only when
 named; without a CUDA device it says so and fails.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
@@ -23,9 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, Target, Times, in_turns, print_table, write_rows
-from trimtab.sae import kernels
+from trimtab.sae import DictionaryConfig, TrainingConfig, kernels
 from trimtab.sae.encodings import Latents
 from trimtab.sae.functional import sparse_decode
+from trimtab.sae.learner import Learner
 from trimtab.sae.objectives import (
     RECONSTRUCTION,
     Hierarchical,
@@ -35,7 +39,7 @@ from trimtab.sae.objectives import (
     prefix_loss_reference,
 )
 
-__all__ = ["case", "losses", "main", "steps"]
+__all__ = ["case", "losses", "main", "steps", "training_steps"]
 
 TOKENS, D_MODEL, N_LATENTS = 8_192, 2_304, 65_536
 OVER_TOPK = {32: 1.20, 64: 1.26, 128: 1.33}
@@ -51,7 +55,7 @@ def main() -> None:
     """Measure, print the table, and write the rows."""
     if not (torch.cuda.is_available() and kernels.HAS_TRITON):
         sys.exit("benchmarks.gpu measures Triton kernels: it needs a CUDA device and the package triton")
-    rows = [row for k in OVER_TOPK for row in (*_objectives(k), *_top(k))]
+    rows = [row for k in OVER_TOPK for row in (*_objectives(k), *_top(k))] + _training()
     print_table(f"F = 65,536, d = 2,304, float32, on {torch.cuda.get_device_name()}", rows)
     write_rows("gpu", rows)
 
@@ -116,6 +120,43 @@ def losses(
         "plain hierarchical": with_gradients(compiled(plain_hierarchical)),
         "plain topk": with_gradients(compiled(plain_topk)),
     }
+
+
+def training_steps(tokens: int, d: int, n_latents: int, k: int, device: str) -> dict[str, Call]:
+    """A step of our trainer and one of sparsify's, each on its own dictionary of the same size."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    x = torch.randn(tokens, d, generator=torch.Generator(device).manual_seed(0), device=device)
+    dead = torch.arange(n_latents, device=device) < n_latents // 4
+    settings = TrainingConfig(
+        tokens=10**9, batch_size=tokens, precision="bfloat16", k_aux=d // 2, aux_share=1.0, dead_after=10**6
+    )
+    learner = Learner.begin(DictionaryConfig(place="x", n_latents=n_latents, k=k), settings, {"x": x}, x.device)
+    coder = SparseCoder(d, SparseCoderConfig(num_latents=n_latents, k=k), device=device)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
+
+    def ours() -> None:
+        learner.silent_tokens.copy_(dead * 10**6)
+        learner.step({"x": x}, 1e-4, 0)
+
+    def sparsify() -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out = coder(x, dead_mask=dead)
+            (out.fvu + out.auxk_loss / 32).backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"training": ours, "sparsify": sparsify}
+
+
+def _training() -> list[Row]:
+    calls = training_steps(TOKENS, D_MODEL, N_LATENTS, 64, "cuda")
+    times = in_turns({name: _waited_for(call) for name, call in calls.items()}, REPEATS)
+    peaks = {name: _peak_bytes(call) for name, call in calls.items()}
+    version = f"eai-sparsify {importlib.metadata.version('eai-sparsify')}"
+    return _pair("K = 64, bf16", times, peaks, "training", "sparsify", version, Target("ratio", "<=", 1 / 1.3))
 
 
 def _objectives(k: int) -> list[Row]:
@@ -227,6 +268,7 @@ def _pair(
         ours=peaks[ours] / 2**20,
         peer=peaks[peer] / 2**20,
         peer_version=version,
+        target=Target("ratio", "<=", 1.01) if peer == "topk step" else None,
         repeats=1,
         cpu_seconds=0.0,
         wall_seconds=0.0,

@@ -145,6 +145,15 @@ def test_what_is_timed_on_a_gpu_gives_the_same_losses_and_gradients() -> None:
         torch.testing.assert_close(step.d_values, 7 * calls[name]()[1])
 
 
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_is_timed_on_a_gpu_with_dead_latents_in_both() -> None:
+    calls = gpu.training_steps(64, 8, 64, 4, "cpu")
+    for call in calls.values():
+        call()
+        call()
+
+
 @pytest.mark.parametrize("lacking", ["device", "triton"])
 def test_without_a_gpu_the_benchmark_says_that_it_needs_one(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: lacking != "device")
