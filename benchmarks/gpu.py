@@ -30,14 +30,8 @@ from trimtab.sae import DictionaryConfig, TrainingConfig, kernels
 from trimtab.sae.encodings import Latents
 from trimtab.sae.functional import sparse_decode
 from trimtab.sae.learner import Learner
-from trimtab.sae.objectives import (
-    RECONSTRUCTION,
-    Hierarchical,
-    Objective,
-    hierarchical_weights,
-    prefix_loss,
-    prefix_loss_reference,
-)
+from trimtab.sae.objectives import RECONSTRUCTION, Hierarchical, Objective, hierarchical_weights
+from trimtab.sae.prefixes import prefix_loss, prefix_loss_reference
 
 __all__ = ["case", "losses", "main", "steps", "training_steps"]
 

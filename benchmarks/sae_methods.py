@@ -24,7 +24,8 @@ from trimtab.sae import DictionaryConfig, TrainingConfig, kernels
 from trimtab.sae.functional import Weights, loss_and_gradients
 from trimtab.sae.kron import KronEncoding
 from trimtab.sae.learner import Learner
-from trimtab.sae.objectives import Hierarchical, hierarchical_topk_loss, hierarchical_weights, prefix_loss_reference
+from trimtab.sae.objectives import Hierarchical, hierarchical_topk_loss, hierarchical_weights
+from trimtab.sae.prefixes import prefix_loss_reference
 
 __all__ = ["main", "peak_bytes"]
 

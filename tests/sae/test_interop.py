@@ -314,7 +314,7 @@ def test_saelens_reads_a_kron_sae(
     close(theirs.encode(x), ours.encode(x))
     close(theirs(x), ours(x))
     assert theirs.cfg.metadata.hook_name == METADATA["hook_name"]
-    assert torch.equal(theirs.rows(), ours.encoder)
+    assert torch.equal(theirs.W_enc, ours.W_enc)
 
 
 def test_we_read_the_kron_sae_that_saelens_saves(sae_lens: ModuleType, registered: ModuleType, tmp_path: Path) -> None:

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from trimtab.core.errors import TrimtabError
-from trimtab.sae import objectives
+from trimtab.sae import prefixes
 from trimtab.sae.objectives import (
     hierarchical_topk_loss,
     hierarchical_weights,
     matryoshka_weights,
     multi_topk_weights,
-    prefix_loss,
-    prefix_loss_reference,
 )
+from trimtab.sae.prefixes import prefix_loss, prefix_loss_reference
 
 
 def case(tokens: int = 5, k: int = 7, n_latents: int = 20, d: int = 6, *, seed: int = 0) -> dict[str, Tensor]:
@@ -60,8 +59,8 @@ WEIGHTS = {
 def test_loss_and_gradients_are_those_of_the_reference_for_every_block_size(
     monkeypatch: pytest.MonkeyPatch, weights: str, block: int, ranks: int
 ) -> None:
-    monkeypatch.setattr(objectives, "RANKS", ranks)
-    monkeypatch.setattr(objectives, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(prefixes, "RANKS", ranks)
+    monkeypatch.setattr(prefixes, "BLOCK_ELEMENTS", block)
     found = loss_and_gradients(prefix_loss, case(), WEIGHTS[weights])
     expected = loss_and_gradients(prefix_loss_reference, case(), WEIGHTS[weights])
     assert len(found) == len(expected) == 5
@@ -204,7 +203,7 @@ def test_no_tensor_of_tokens_times_k_times_d_is_held(monkeypatch: pytest.MonkeyP
     leaves = with_gradients(tensors)
     with Largest() as largest:
         hierarchical_topk_loss(*leaves.values())[0].backward()
-    assert 256 * 128 <= largest.entries <= objectives.BLOCK_ELEMENTS < 256 * 128 * 512
+    assert 256 * 128 <= largest.entries <= prefixes.BLOCK_ELEMENTS < 256 * 128 * 512
 
 
 # -- Multi-TopK and Matryoshka ----------------------------------------------------------------------

@@ -20,10 +20,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from trimtab.sae import functional as fn
-from trimtab.sae import kernels, objectives, triton_kernels
+from trimtab.sae import kernels, prefixes, triton_kernels
 from trimtab.sae.encodings import DenseEncoding, Latents
 from trimtab.sae.kron import KronEncoding
-from trimtab.sae.objectives import Hierarchical, hierarchical_weights, prefix_loss, prefix_loss_reference
+from trimtab.sae.objectives import RECONSTRUCTION, Hierarchical, hierarchical_weights
+from trimtab.sae.prefixes import prefix_loss, prefix_loss_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 1, 1, 1), (3, 5, 17, 131), (5, 11, 23, 300)]
@@ -250,7 +251,7 @@ def test_walking_down_256_ranks_costs_no_more_than_their_roundings() -> None:
     weights = hierarchical_weights(256).to(DEVICE)
     found = triton_kernels.prefix_loss_and_gradients(values, indices, decoder, bias, target, weights)
     wide = (t.double() for t in (decoder, bias, target))
-    expected = objectives.prefix_loss_and_gradients(values.double(), indices, *wide, weights)
+    expected = prefixes.prefix_loss_and_gradients(values.double(), indices, *wide, weights)
     for mine, reference in zip(found, expected, strict=True):
         assert (mine - reference).abs().max() <= 1e-5 * reference.abs().max()
 
@@ -274,7 +275,7 @@ def test_where_the_triton_forms_are_used(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("encoding", "objective"),
-    [(DenseEncoding(), Hierarchical()), (KronEncoding(h=13, m=2, n=5), objectives.RECONSTRUCTION)],
+    [(DenseEncoding(), Hierarchical()), (KronEncoding(h=13, m=2, n=5), RECONSTRUCTION)],
     ids=["dense-hierarchical", "kron-reconstruction"],
 )
 def test_a_whole_step_equals_that_of_plain_pytorch_in_float64(everywhere: None, objective: Any, encoding: Any) -> None:

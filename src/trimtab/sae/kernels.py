@@ -16,7 +16,7 @@ here; and Triton, in `trimtab.sae.triton_kernels`, which the functions take by t
 `trimtab.sae.functional` is written on top of them and is the place where formulas live.
 
 The Triton forms of these four give the same bits for the same input. What adds in no fixed order on a CUDA device is
-the decoder's gradient of a prefix loss (`trimtab.sae.objectives`) and the gradient of the encoder's bias. As everywhere
+the decoder's gradient of a prefix loss (`trimtab.sae.prefixes`) and the gradient of the encoder's bias. As everywhere
 in PyTorch, `torch.use_deterministic_algorithms(True)` is the switch: the prefix loss then takes its PyTorch form, and
 PyTorch another way to sum. (cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 besides.)
 """

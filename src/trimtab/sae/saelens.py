@@ -30,7 +30,7 @@ from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingS
 from torch import Tensor, nn
 
 from trimtab.core.errors import TrimtabError
-from trimtab.sae.kron import Activation, KronEncoding, head_major
+from trimtab.sae.kron import Activation, KronEncoding
 from trimtab.sae.objectives import hierarchical_topk_loss
 
 __all__ = [
@@ -97,10 +97,6 @@ class KronTopKSAE(SAE[KronTopKSAEConfig]):
 
     def fold_W_dec_norm(self) -> None:
         raise NotImplementedError("a KronSAE's encoder cannot take up one scale for each latent")
-
-    def rows(self) -> Tensor:
-        """The encoder in the order of `trimtab.sae.kron`, [h (m + n), d_in]."""
-        return head_major(self.W_enc.T, self.encoding, inverse=True)
 
 
 @dataclass

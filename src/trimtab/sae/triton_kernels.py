@@ -1,7 +1,7 @@
-"""The products of `trimtab.sae.kernels` and the prefix loss of `trimtab.sae.objectives` in Triton, for CUDA devices.
+"""The products of `trimtab.sae.kernels` and the prefix loss of `trimtab.sae.prefixes` in Triton, for CUDA devices.
 
 Own work throughout; what is computed is HierarchicalTopK's fused loss (arXiv 2505.24473, section 3) for any prefix
-weights, in the symbols of `objectives`, and the sparse products in those of `kernels`. Any number of tokens, of latents
+weights, in the symbols of `prefixes`, and the sparse products in those of `kernels`. Any number of tokens, of latents
 a token, of latents and any width d; float32, bfloat16 or float16, all sums in float32. Callers use the functions of the
 other two modules, which come here by themselves: `kernels.triton_forms` says when.
 
@@ -123,7 +123,7 @@ def prefix_loss_and_gradients(
     d_decoder: Float[Tensor, "n_latents d"] | None = None,
     with_gradients: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L, x_hat_K, dL/dv and dL/dx_hat, as `objectives.prefix_loss_and_gradients`; `d_decoder` likewise."""
+    """L, x_hat_K, dL/dv and dL/dx_hat, as `prefixes.prefix_loss_and_gradients`; `d_decoder` likewise."""
     (tokens, k), d = values.shape, decoder.shape[1]
     block = _block(d, 512)
     slices = triton.cdiv(d, block)
