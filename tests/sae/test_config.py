@@ -33,6 +33,8 @@ def test_a_transcoder_reads_one_place_and_writes_another() -> None:
         ({"n_latents": 0}, r"n_latents=0 must be a whole number of at least 1"),
         ({"n_latents": -4}, r"n_latents=-4 must be a whole number"),
         ({"k": 0}, r"k=0 must be a whole number of at least 1"),
+        ({"kron_mask_inactive": False}, "kron_mask_inactive=False is for a KronSAE"),
+        ({"seed": True}, "seed=True must be a whole number"),
         ({"k": 9}, r"k=9 must lie between 1 and n_latents=8"),
         ({"target": "resid.1"}, r"target='resid\.1' is the place itself"),
         ({"seed": -1}, r"seed=-1 must be a whole number of at least 0"),

@@ -80,6 +80,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "batch_topk": {"sparsifier": "batch_topk"},
     "batch_topk-matryoshka": {"sparsifier": "batch_topk", "objective": "matryoshka", "budgets": (16, 64)},
     "kron-product": {"kron": (4, 4), "kron_activation": "product"},
+    "kron-listing": {"kron": (2, 4), "kron_mask_inactive": False},
     "kron-matryoshka": {"kron": (2, 4), "objective": "matryoshka", "budgets": (16, 32, 64)},
     "kron-hierarchical": {"kron": (4, 4), "objective": "hierarchical"},
 }

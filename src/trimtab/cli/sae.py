@@ -78,6 +78,7 @@ class KindSettings:
     Args:
         target: activation to write, for transcoders; default: the one that is read
         kron_activation: of a KronSAE: mand, or one of the paper's ablations, relu_product and product
+        kron_mask_inactive: of a KronSAE: silent latents are 0; false: sqrt(eps), as in the authors' listing
         objective: reconstruction from k latents; hierarchical, from every number up to k; multi_topk, from k and from
             4 k; matryoshka, from the first latents of the dictionary
         sparsifier: topk; batch_topk: k latents on average over a batch, and one threshold at inference; jumprelu:
@@ -92,6 +93,7 @@ class KindSettings:
 
     target: str | None = None
     kron_activation: Activation = "mand"
+    kron_mask_inactive: bool = True
     objective: ObjectiveName = "reconstruction"
     sparsifier: Sparsifier = "topk"
     base: str | None = None

@@ -37,6 +37,7 @@ class DictionaryConfig:
         target: the activation that it writes; None for `place` itself, another place makes a transcoder
         kron: m and n of a KronSAE, whose heads have m x n latents; None for a dense encoder
         kron_activation: mand, or one of the paper's ablations: relu_product, product
+        kron_mask_inactive: silent latents are 0, as in the paper's equation; False: sqrt(eps), as in its listing
         objective: what it is trained for: reconstruction from its k latents; hierarchical, from every number of them up
             to k; multi_topk, from k and from 4 k; matryoshka, from the first latents of the dictionary
         budgets: hierarchical: the numbers of latents, None for all of 1 … k; matryoshka: lengths of the prefixes, the
@@ -62,6 +63,7 @@ class DictionaryConfig:
     target: str | None = None
     kron: tuple[int, int] | None = None
     kron_activation: Literal["mand", "relu_product", "product"] = "mand"
+    kron_mask_inactive: bool = True
     objective: ObjectiveName = "reconstruction"
     budgets: tuple[int, ...] | None = None
     budget_weights: tuple[float, ...] | None = None
@@ -104,6 +106,10 @@ class DictionaryConfig:
             raise TrimtabError(f"encoder_input={self.encoder_input!r} needs base: the error is what a base leaves over")
         if self.kron_activation not in ACTIVATIONS:
             raise unknown("kron_activation", self.kron_activation, ACTIVATIONS)
+        if not self.kron_mask_inactive and (self.kron is None or self.kron_activation != "mand"):
+            raise TrimtabError(
+                "kron_mask_inactive=False is for a KronSAE with kron_activation='mand': the authors' listing"
+            )
         if self.start is not None and (self.base is not None or self.kron is not None):
             raise TrimtabError(f"start={self.start!r} has no meaning with base or kron: it is for dense dictionaries")
         if self.extend is not None and (self.start or self.base or self.kron or self.target):

@@ -40,7 +40,14 @@ def shape_of(config: DictionaryConfig, training: TrainingConfig, widths: tuple[i
     if config.kron is None:
         return TopKSAEConfig(n_latents=config.n_latents, **common)
     m, n = config.kron
-    return KronSAEConfig(h=config.n_latents // (m * n), m=m, n=n, activation=config.kron_activation, **common)
+    return KronSAEConfig(
+        h=config.n_latents // (m * n),
+        m=m,
+        n=n,
+        activation=config.kron_activation,
+        mask_inactive=config.kron_mask_inactive,
+        **common,
+    )
 
 
 def fresh(shape: TopKSAEConfig, seed: int = 0) -> TopKSAE:
