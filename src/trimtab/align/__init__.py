@@ -1,0 +1,3 @@
+"""Preference training whose reference policy follows the trained one."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Distillation on what the student itself writes."""
+
+__all__: list[str] = []
