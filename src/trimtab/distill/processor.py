@@ -1,0 +1,444 @@
+"""Two models write one text: a teacher inside `generate` of a student, as a `LogitsProcessor`.
+
+Source: trust-region behaviour blending, arXiv 2605.31159: both models decode in lockstep on the same prefix, each
+with its own cache, and the next token is sampled from what a `RolloutPolicy` makes of their distributions.
+
+    blend = TrustRegionBlend(teacher, 0.02, attention_mask=inputs["attention_mask"])
+    student.generate(**inputs, do_sample=True, top_k=0, logits_processor=[blend])
+
+Of each step, with l_S and l_T the two models' logits and tau the temperature: both are divided by tau, brought to one
+vocabulary with one stop id (`trimtab.distill.eos`), normalised to log p and log q, and the scores become log mu. They
+are final: nothing may follow, so `generate` samples at temperature 1 and without top-k or top-p, while what goes
+before (suppressed tokens, least lengths) acts on the student. A policy that needs no teacher leaves the scores as
+they are and never calls it.
+
+Rows that have stopped are not solved; the teacher goes on in them with tokens that nobody reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache
+from transformers.generation import GenerationMode
+
+from trimtab.core.errors import TrimtabError, unknown
+from trimtab.distill.eos import StopIds, canonicalise, suppressed_ids
+from trimtab.distill.functional import tempered
+from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
+
+__all__ = ["RECORDS", "TeacherGuided", "TrustRegionBlend", "generate_guided"]
+
+RECORDS = ("blend_weight", "divergence", "student_entropy", "teacher_entropy", "teacher_log_prob")
+"""What is kept of each token that was written: the trust region's beta, KL(mu || p), H(p), H(q), log q of the token."""
+
+# Settings of generation that would change what mu is after the fact, and the values at which they do nothing.
+_NEUTRAL = {
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+_ABSENT = (
+    "min_p",
+    "top_h",
+    "guidance_scale",
+    "sequence_bias",
+    "watermarking_config",
+    "exponential_decay_length_penalty",
+)
+
+
+class _Pending(NamedTuple):
+    """A step whose token is not known yet."""
+
+    record: Float[Tensor, "quantities batch"]
+    rows: Int[Tensor, " rows"] | None
+    log_q: Float[Tensor, "rows vocab"]
+
+
+class TeacherGuided(LogitsProcessor):
+    """Scores of one `generate` call become those of a rollout policy; a new object for each call.
+
+    - `teacher`: a causal LM in evaluation mode, on a device of its own if need be.
+    - `policy`, `step`: who writes, at which optimiser step.
+    - `temperature`: of both models; the policy's own temperature multiplies the student's when it writes alone.
+    - `stop_ids`: both models', made one; None leaves the logits, and then no row counts as stopped.
+    - `vocab_size`: where heads are padded to different sizes, the size of the common tokenizer.
+    - `attention_mask` [prompts, length]: needed with left-padded prompts; several samples of a prompt share its row.
+    - `cache_implementation`: the teacher's cache, "dynamic" or "static"; the latter needs `max_length`, the longest
+      that a text may become, prompt included (`generate_guided` fills in both).
+    - `record_top_k`: keep the teacher's statistics at so many of the student's likeliest ids of each token.
+
+    Raises `TrimtabError` for a teacher in training mode or without a cache, for settings outside their range, and
+    while generating when texts do not grow by one token per call in the same rows (beam search, assisted
+    generation), when prompts look padded and no mask was given, when vocabularies do not fit, and for rows of logits
+    with NaN or nothing finite.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        policy: RolloutPolicy,
+        *,
+        step: int = 0,
+        temperature: float | int = 1.0,
+        stop_ids: StopIds | None = None,
+        vocab_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        cache_implementation: str = "dynamic",
+        max_length: int | None = None,
+        record_top_k: int = 0,
+    ) -> None:
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise TrimtabError(f"temperature={temperature} must be positive and finite.")
+        if cache_implementation not in ("dynamic", "static"):
+            raise unknown("cache_implementation", cache_implementation, ("dynamic", "static"))
+        if step < 0 or record_top_k < 0:
+            raise TrimtabError(f"step={step} and record_top_k={record_top_k} must be 0 or more.")
+        self.teacher = teacher
+        self.policy = policy
+        self.step = step
+        self.temperature = temperature
+        self.stop_ids = stop_ids
+        self.vocab_size = vocab_size
+        self.attention_mask = attention_mask
+        self.cache_implementation = cache_implementation
+        self.max_length = max_length
+        self.record_top_k = record_top_k
+        self.guided = policy.needs_teacher(step)
+        self._decoder = _Decoder(teacher, cache_implementation) if self.guided else None
+        self._ids = torch.empty(0, 0, dtype=torch.long)
+        self._finished = torch.empty(0, dtype=torch.bool)
+        self._pending: _Pending | None = None
+        self._records: list[Tensor] = []
+        self._top_ids: list[Tensor] = []
+        self._top_log_probs: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._decoder is None:
+            return self._alone(scores)
+        alike = self._follow(input_ids)
+        logits = self._decoder.next_logits(input_ids, self._finished, self.attention_mask, self.max_length)
+        # The one look at the device before the solve, once both models' work is on its way.
+        rows = self._going(alike, scores.device)
+        return self._blend(scores, logits.to(scores.device), rows)
+
+    def finish(self, sequences: Tensor) -> None:
+        """Take in the last token, which no call has seen: `sequences` is what `generate` returned."""
+        if self._pending is not None:
+            self._settle(sequences[:, self._ids.shape[1]])
+
+    def records(self) -> dict[str, Tensor]:
+        """`RECORDS` of every token, [batch, tokens], nan where a row had stopped; empty without a teacher.
+
+        The last token's `teacher_log_prob` is nan until `finish`.
+        """
+        if not self._records:
+            return {}
+        stacked = torch.stack(self._records, -1)
+        return dict(zip(RECORDS, stacked, strict=True))
+
+    def metrics(self) -> dict[str, float]:
+        """Means of `records` over tokens, and the shares of tokens that were wholly the student's or the teacher's.
+
+        `blend_weight`, `share_student` (beta = 0) and `share_teacher` (beta = 1) are left out for a policy that has no
+        blend weight. Empty without a teacher.
+        """
+        records = self.records()
+        means = {name: float(values.nanmean()) for name, values in records.items()}
+        if records and not math.isnan(means["blend_weight"]):
+            weight = records["blend_weight"][~records["blend_weight"].isnan()]
+            means["share_student"] = float((weight == 0).float().mean())
+            means["share_teacher"] = float((weight == 1).float().mean())
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """With `record_top_k`: the student's likeliest ids and the teacher's log q there, both [batch, tokens, k].
+
+        As `trimtab.distill.functional.topk_statistics` gives them at this temperature, of the models' common
+        vocabulary; 0 where a row had stopped. Raises `TrimtabError` if nothing was recorded.
+        """
+        if not self._top_ids:
+            raise TrimtabError(f"There are no statistics: record_top_k={self.record_top_k}, guided={self.guided}.")
+        return torch.stack(self._top_ids, 1), torch.stack(self._top_log_probs, 1)
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _alone(self, scores: Tensor) -> Tensor:
+        scores = tempered(scores, self.temperature * self.policy.temperature(self.step))
+        suppressed = suppressed_ids(self.stop_ids, scores.shape[-1], self.vocab_size)
+        if not suppressed:
+            return scores
+        return scores.index_fill(-1, torch.tensor(suppressed, device=scores.device), -torch.inf)
+
+    def _follow(self, input_ids: Tensor) -> Tensor | None:
+        """Take in the newest token; whether the rest is what was there before, on the device."""
+        before, self._ids = self._ids, input_ids.clone()
+        if before.numel() == 0:
+            self._finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            return None
+        if input_ids.shape != (len(before), before.shape[1] + 1):
+            raise _not_one_token(f"from {list(before.shape)} to {list(input_ids.shape)}")
+        if self.stop_ids is not None:
+            stops = torch.tensor(self.stop_ids.student, device=input_ids.device)
+            self._finished = self._finished | torch.isin(input_ids[:, -1], stops)
+        return (input_ids[:, :-1] == before).all()
+
+    def _going(self, alike: Tensor | None, device: torch.device) -> Tensor | None:
+        """The rows that have not stopped; None for all."""
+        if alike is None:
+            return None
+        same, *finished = torch.cat([alike.unsqueeze(0), self._finished]).tolist()
+        if not same:
+            raise _not_one_token("with other tokens in some row than before")
+        self._settle(self._ids[:, -1])
+        going = [row for row, stopped in enumerate(finished) if not stopped]
+        # If none is left the call's answer is not read, and any row will do.
+        return None if len(going) == len(finished) else torch.tensor(going or [0], device=device)
+
+    def _blend(
+        self, scores: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch _"], rows: Tensor | None
+    ) -> Float[Tensor, "batch vocab"]:
+        batch, head = scores.shape
+        if rows is not None:
+            scores, logits = scores[rows], logits[rows]
+        scores, logits = canonicalise(
+            tempered(scores, self.temperature), tempered(logits, self.temperature), self.stop_ids, self.vocab_size
+        )
+        log_p, log_q = scores.log_softmax(-1), logits.log_softmax(-1)
+        behaviour = self.policy.log_behaviour(log_p, log_q, self.step)
+        if bool(behaviour.divergence.isnan().any()):
+            raise TrimtabError("Logits of the student or the teacher have NaN, or nothing finite, in some row.")
+        weight = behaviour.blend_weight
+        values = torch.stack(
+            [
+                torch.full_like(behaviour.divergence, torch.nan) if weight is None else weight,
+                behaviour.divergence,
+                _entropy(log_p),
+                _entropy(log_q),
+                torch.full_like(behaviour.divergence, torch.nan),
+            ]
+        )
+        record = _spread(values, rows, batch, dim=1, fill=torch.nan)
+        self._records.append(record)
+        self._pending = _Pending(record, rows, log_q)
+        if self.record_top_k:
+            ids = log_p.topk(min(self.record_top_k, log_p.shape[-1]), dim=-1).indices
+            self._top_ids.append(_spread(ids, rows, batch, dim=0, fill=0))
+            self._top_log_probs.append(_spread(log_q.gather(-1, ids), rows, batch, dim=0, fill=0.0))
+        if rows is None and log_p.shape[-1] == head:
+            return behaviour.log_mu
+        whole = torch.full((batch, head), -torch.inf, dtype=log_p.dtype, device=log_p.device)
+        whole[:, 0] = 0.0  # a row that has stopped needs some distribution, which nobody reads
+        index = torch.arange(batch, device=log_p.device) if rows is None else rows
+        whole[:, : log_p.shape[-1]].index_copy_(0, index, behaviour.log_mu)
+        return whole
+
+    def _settle(self, tokens: Tensor) -> None:
+        """Give the last step's record the teacher's log-probability of what was then sampled."""
+        if self._pending is None:
+            return
+        record, rows, log_q = self._pending
+        tokens = tokens.to(log_q.device)
+        index = torch.arange(len(tokens), device=log_q.device) if rows is None else rows
+        record[-1, index] = log_q.gather(-1, tokens[index].unsqueeze(-1)).squeeze(-1)
+        self._pending = None
+
+
+class TrustRegionBlend(TeacherGuided):
+    """`TeacherGuided` with a trust region of `epsilon` nats per token, without any schedule."""
+
+    def __init__(
+        self,
+        teacher: Any,
+        epsilon: float | int,
+        *,
+        temperature: float | int = 1.0,
+        stop_ids: StopIds | None = None,
+        vocab_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        cache_implementation: str = "dynamic",
+        max_length: int | None = None,
+        record_top_k: int = 0,
+    ) -> None:
+        super().__init__(
+            teacher,
+            TrustRegion(epsilon, schedule="constant"),
+            temperature=temperature,
+            stop_ids=stop_ids,
+            vocab_size=vocab_size,
+            attention_mask=attention_mask,
+            cache_implementation=cache_implementation,
+            max_length=max_length,
+            record_top_k=record_top_k,
+        )
+
+
+def generate_guided(
+    student: Any,
+    inputs: Mapping[str, Tensor],
+    processor: TeacherGuided,
+    generation_config: GenerationConfig | None = None,
+) -> Any:
+    """`student.generate` under `processor`, which is filled in from `inputs` and finished; returns what it returns.
+
+    `inputs` are the tokenizer's, padded on the left. `generation_config` says lengths, caches and stop ids; how to
+    sample is the policy's business, so that the student's own temperature, top-k and the like are not in force, and
+    naming any here raises `TrimtabError`, as do beams and whatever else is not plain sampling. With the processor's
+    `stop_ids`, generation ends at the student's.
+    """
+    config = _plain_sampling(student, generation_config)
+    if processor.stop_ids is not None:
+        named = config.eos_token_id
+        if named is None:
+            config.eos_token_id = list(processor.stop_ids.student)
+        elif processor.stop_ids.written not in (named if isinstance(named, list) else [named]):
+            raise TrimtabError(f"eos_token_id={named} must hold {processor.stop_ids.written}, the student's stop id.")
+    if processor.attention_mask is None:
+        processor.attention_mask = inputs.get("attention_mask")
+    if processor.max_length is None and config.max_new_tokens is not None:
+        processor.max_length = inputs["input_ids"].shape[1] + config.max_new_tokens
+    output = student.generate(**inputs, generation_config=config, logits_processor=[processor])
+    processor.finish(output if isinstance(output, Tensor) else output.sequences)
+    return output
+
+
+# -- the teacher -----------------------------------------------------------------------------------
+
+
+class _Decoder:
+    """The teacher, its cache, and where it is in the texts."""
+
+    def __init__(self, teacher: Any, cache_implementation: str) -> None:
+        accepted = inspect.signature(teacher.forward).parameters
+        if teacher.training:
+            raise TrimtabError("The teacher is in training mode: call teacher.eval().")
+        if "past_key_values" not in accepted or teacher.config.is_encoder_decoder:
+            raise TrimtabError(f"teacher={type(teacher).__name__} must be a causal LM with a key-value cache.")
+        self.teacher = teacher
+        self.cache_implementation = cache_implementation
+        self.takes_positions = "position_ids" in accepted
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.cache: Any = None
+        self.mask: Tensor | None = None
+        self.positions = torch.empty(0, 0, dtype=torch.long)
+
+    def next_logits(
+        self, input_ids: Tensor, finished: Tensor, attention_mask: Tensor | None, max_length: int | None
+    ) -> Tensor:
+        """The teacher's logits after each text, [batch, vocab]: of the whole text at first, then of its last token."""
+        device = self.teacher.device
+        if self.cache is None:
+            tokens = input_ids.to(device)
+            self._begin(tokens, attention_mask, max_length)
+            if self.mask is not None:  # what pads the student may lie outside the teacher's vocabulary
+                tokens = tokens.masked_fill(self.mask == 0, 0)
+        else:
+            # Likewise what `generate` writes behind the end.
+            tokens = input_ids[:, -1:].masked_fill(finished.unsqueeze(-1), 0).to(device)
+            self.positions = self.positions[:, -1:] + 1
+            if self.mask is not None:
+                self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
+        positions = {"position_ids": self.positions} if self.takes_positions else {}
+        output = self.teacher(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **positions,
+            **self.last_only,
+        )
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def _begin(self, tokens: Tensor, attention_mask: Tensor | None, max_length: int | None) -> None:
+        batch, length = tokens.shape
+        config = self.teacher.config.get_text_config(decoder=True)
+        if self.cache_implementation == "dynamic":
+            self.cache = DynamicCache(config=config)
+        elif max_length is None or max_length < length:
+            raise TrimtabError(f"max_length={max_length} must be known, and at least {length}, with a static cache.")
+        else:
+            self.cache = StaticCache(config=config, max_cache_len=max_length)
+        pad = self.teacher.generation_config.pad_token_id
+        if attention_mask is None:
+            if pad is not None and bool((tokens[:, 0] == pad).any()):
+                raise TrimtabError(
+                    f"Some prompt begins with the teacher's padding, token id {pad}: give attention_mask (all ones if "
+                    "it is no padding)."
+                )
+        elif attention_mask.shape[1] != length or batch % len(attention_mask):
+            raise TrimtabError(
+                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(tokens.shape)}: the lengths "
+                "must be equal, and the rows too but for several samples of each prompt."
+            )
+        elif not bool(attention_mask.all()):
+            mask = attention_mask.to(tokens.device, torch.long)
+            self.mask = mask.repeat_interleave(batch // len(mask), dim=0)
+            if not bool(self.mask[:, -1].all()):
+                raise TrimtabError("attention_mask ends with 0 in some row: prompts are padded on the left.")
+        if self.mask is None:
+            self.positions = torch.arange(length, device=tokens.device).expand(batch, length)
+        else:
+            self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def _plain_sampling(student: Any, given: GenerationConfig | None) -> GenerationConfig:
+    config = GenerationConfig() if given is None else copy.deepcopy(given)
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise TrimtabError(
+                f"{name}={value} in generation_config: a rollout is plain sampling, so {neutral} is all."
+            )
+        setattr(config, name, neutral)
+    for name in _ABSENT:
+        # No value of these does nothing, and None takes the student's.
+        value = getattr(config, name, None) or getattr(student.generation_config, name, None)
+        if value is not None:
+            raise TrimtabError(f"{name}={value}, given or the student's own: a rollout is plain sampling, without it.")
+    mode = config.get_generation_mode()
+    if mode != GenerationMode.SAMPLE:
+        raise TrimtabError(f"generation_config asks for {mode.value}: a rollout is plain sampling.")
+    return config
+
+
+def _not_one_token(how: str) -> TrimtabError:
+    return TrimtabError(
+        f"The texts went on {how}, where each must grow by one token per call. Beam search and assisted generation "
+        "cannot be guided, and each generate call needs a new processor."
+    )
+
+
+def _entropy(log_p: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+    # `core.simplex.entropy` without its gradient's sake: 0 * -inf is the only nan here.
+    return -log_p.exp().mul_(log_p).nansum(-1)
+
+
+def _spread(values: Tensor, rows: Tensor | None, batch: int, *, dim: int, fill: float | int) -> Tensor:
+    """`values` of some rows as those of all."""
+    if rows is None:
+        return values
+    shape = list(values.shape)
+    shape[dim] = batch
+    return values.new_full(shape, fill).index_copy_(dim, rows, values)
