@@ -25,10 +25,10 @@ from trimtab.distill.rollouts import (
     Vanilla,
 )
 
-VOCAB = 20
+VOCAB = 12
 STOPS = StopIds((2,), (5,))
-LENGTHS = (3, 7, 5, 7, 1, 6)
-NEW = 14
+LENGTHS = (3, 7, 5, 7, 1, 6, 2, 7)
+NEW = 20
 
 
 def llama(seed: int, vocab: int = VOCAB) -> Any:
@@ -40,7 +40,7 @@ def llama(seed: int, vocab: int = VOCAB) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.3,
+        initializer_range=0.25,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -61,7 +61,7 @@ def gemma3(seed: int) -> Any:
         head_dim=8,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"],
-        initializer_range=0.3,
+        initializer_range=0.25,
         query_pre_attn_scalar=8,
         bos_token_id=1,
         eos_token_id=2,
@@ -208,7 +208,7 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_tokenizer() -> None:
     policy = TrustRegion(0.3, schedule="constant")
     assert ids.equal(uncached(student, teacher, policy, inputs, vocab_size=VOCAB)[0])
     assert ids.max() < VOCAB
-    with pytest.raises(TrimtabError, match="over 23 and 21 ids"):
+    with pytest.raises(TrimtabError, match="over 15 and 13 ids"):
         generate_guided(student, inputs, TrustRegionBlend(teacher, 0.3), config())
 
 
@@ -244,7 +244,7 @@ def test_what_is_sampled_is_distributed_as_mu() -> None:
     draws = 20_000
     processor = TrustRegionBlend(teacher, 0.2, stop_ids=STOPS)
     torch.manual_seed(0)
-    ids = generate_guided(student, inputs, processor, config(1, num_return_sequences=draws))
+    ids = generate_guided(student, inputs, processor, config(1, do_sample=True, num_return_sequences=draws))
     counts = ids[:, -1].bincount(minlength=VOCAB)
     with torch.no_grad():
         logits = [model(**inputs).logits[:, -1] for model in (student, teacher)]
@@ -263,7 +263,7 @@ def test_what_is_sampled_is_distributed_as_mu() -> None:
         expected = torch.cat([expected[large], expected[~large].sum().unsqueeze(0)])
         return float(((counted - expected) ** 2 / expected.clamp_min(1e-9)).sum())
 
-    bound = 43.9  # 0.1 % of a chi-square with 19 degrees of freedom
+    bound = 31.3  # 0.1 % of a chi-square with 11 degrees of freedom
     assert chi_square(mu) < bound
     assert chi_square(p) > 10 * bound
     assert chi_square(q) > 10 * bound
@@ -411,11 +411,10 @@ def test_the_students_own_sampling_settings_are_not_in_force() -> None:
 
 
 def test_other_ways_to_decode_are_refused() -> None:
+    processor = TrustRegionBlend(llama(2), 0.1, stop_ids=STOPS)
     with pytest.raises(TrimtabError, match="asks for assisted_generation"):
-        processor = TrustRegionBlend(llama(2), 0.1)
         generate_guided(llama(1), prompts((4,)), processor, config(prompt_lookup_num_tokens=3))
     with pytest.raises(TrimtabError, match=r"eos_token_id=\[3\] must hold 2"):
-        processor = TrustRegionBlend(llama(2), 0.1, stop_ids=STOPS)
         generate_guided(llama(1), prompts(), processor, config(eos_token_id=[3]))
 
 
@@ -424,10 +423,10 @@ def test_padding_without_a_mask_is_refused_as_are_masks_that_do_not_fit() -> Non
     mask = inputs["attention_mask"]
     with pytest.raises(TrimtabError, match="begins with the teacher's padding, token id 0"):
         TrustRegionBlend(teacher, 0.1)(inputs["input_ids"], scores)
-    with pytest.raises(TrimtabError, match=r"attention_mask has shape \[6, 6\], input_ids \[6, 7\]"):
+    with pytest.raises(TrimtabError, match=r"attention_mask has shape \[8, 6\], input_ids \[8, 7\]"):
         TrustRegionBlend(teacher, 0.1, attention_mask=mask[:, 1:])(inputs["input_ids"], scores)
-    with pytest.raises(TrimtabError, match=r"attention_mask has shape \[4, 7\]"):
-        TrustRegionBlend(teacher, 0.1, attention_mask=mask[:4])(inputs["input_ids"], scores)
+    with pytest.raises(TrimtabError, match=r"attention_mask has shape \[3, 7\]"):
+        TrustRegionBlend(teacher, 0.1, attention_mask=mask[:3])(inputs["input_ids"], scores)
     with pytest.raises(TrimtabError, match="padded on the left"):
         TrustRegionBlend(teacher, 0.1, attention_mask=mask.flip(-1))(inputs["input_ids"], scores)
 
