@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,11 @@ __all__ = ["RECORDS", "TeacherGuided", "TrustRegionBlend", "generate_guided"]
 
 RECORDS = ("blend_weight", "divergence", "student_entropy", "teacher_entropy", "teacher_log_prob")
 """What is kept of each token that was written: the trust region's beta, KL(mu || p), H(p), H(q), log q of the token."""
+
+# Numbers that are worked on at a time. Here a part with its temporaries stays in a CPU's cache, and only bounds the
+# memory of an accelerator.
+_PART_CPU = 2**20
+_PART_ACCELERATOR = 2**26
 
 # Settings of generation that would change what mu is after the fact, and the values at which they do nothing.
 _NEUTRAL = {
@@ -68,7 +73,7 @@ class _Pending(NamedTuple):
 
     record: Float[Tensor, "quantities batch"]
     rows: Int[Tensor, " rows"] | None
-    log_q: Float[Tensor, "rows vocab"]
+    log_q: Float[Tensor, "batch vocab"]
 
 
 class TeacherGuided(LogitsProcessor):
@@ -215,49 +220,51 @@ class TeacherGuided(LogitsProcessor):
     def _blend(
         self, scores: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch _"], rows: Tensor | None
     ) -> Float[Tensor, "batch vocab"]:
-        batch, head = scores.shape
-        if rows is not None:
-            scores, logits = scores[rows], logits[rows]
-        scores, logits = canonicalise(
-            tempered(scores, self.temperature), tempered(logits, self.temperature), self.stop_ids, self.vocab_size
+        (batch, head), device = scores.shape, scores.device
+        size = head if self.vocab_size is None else self.vocab_size
+        k = min(self.record_top_k, size)
+        dtype = torch.promote_types(torch.promote_types(scores.dtype, logits.dtype), torch.float32)
+        log_mu = torch.full((batch, head), -torch.inf, dtype=dtype, device=device)
+        log_mu[:, 0] = 0.0  # a row that has stopped needs some distribution, which nobody reads
+        log_q = torch.empty(batch, size, dtype=dtype, device=device)
+        record = torch.full((len(RECORDS), batch), torch.nan, dtype=dtype, device=device)
+        top_ids, top_log_probs = (
+            torch.zeros(batch, k, dtype=torch.long, device=device),
+            torch.zeros(batch, k, device=device),
         )
-        log_p, log_q = scores.log_softmax(-1), logits.log_softmax(-1)
-        behaviour = self.policy.log_behaviour(log_p, log_q, self.step)
-        if bool(behaviour.divergence.isnan().any()):
-            raise TrimtabError("Logits of the student or the teacher have NaN, or nothing finite, in some row.")
-        weight = behaviour.blend_weight
-        values = torch.stack(
-            [
-                torch.full_like(behaviour.divergence, torch.nan) if weight is None else weight,
-                behaviour.divergence,
-                _entropy(log_p),
-                _entropy(log_q),
-                torch.full_like(behaviour.divergence, torch.nan),
-            ]
-        )
-        record = _spread(values, rows, batch, dim=1, fill=torch.nan)
+        for part in _parts(rows, scores):
+            ours, theirs = canonicalise(
+                tempered(scores[part], self.temperature),
+                tempered(logits[part], self.temperature),
+                self.stop_ids,
+                self.vocab_size,
+            )
+            log_p_part, log_q_part = ours.log_softmax(-1), theirs.log_softmax(-1)
+            behaviour = self.policy.log_behaviour(log_p_part, log_q_part, self.step)
+            if bool(behaviour.divergence.isnan().any()):
+                raise TrimtabError("Logits of the student or the teacher have NaN, or nothing finite, in some row.")
+            log_mu[part, :size] = behaviour.log_mu
+            log_q[part] = log_q_part
+            if behaviour.blend_weight is not None:
+                record[0, part] = behaviour.blend_weight
+            record[1:4, part] = torch.stack([behaviour.divergence, _entropy(log_p_part), _entropy(log_q_part)])
+            if k:
+                ids = log_p_part.topk(k, dim=-1).indices
+                top_ids[part], top_log_probs[part] = ids, log_q_part.gather(-1, ids)
         self._records.append(record)
         self._pending = _Pending(record, rows, log_q)
-        if self.record_top_k:
-            ids = log_p.topk(min(self.record_top_k, log_p.shape[-1]), dim=-1).indices
-            self._top_ids.append(_spread(ids, rows, batch, dim=0, fill=0))
-            self._top_log_probs.append(_spread(log_q.gather(-1, ids), rows, batch, dim=0, fill=0.0))
-        if rows is None and log_p.shape[-1] == head:
-            return behaviour.log_mu
-        whole = torch.full((batch, head), -torch.inf, dtype=log_p.dtype, device=log_p.device)
-        whole[:, 0] = 0.0  # a row that has stopped needs some distribution, which nobody reads
-        index = torch.arange(batch, device=log_p.device) if rows is None else rows
-        whole[:, : log_p.shape[-1]].index_copy_(0, index, behaviour.log_mu)
-        return whole
+        if k:
+            self._top_ids.append(top_ids)
+            self._top_log_probs.append(top_log_probs)
+        return log_mu
 
     def _settle(self, tokens: Tensor) -> None:
         """Give the last step's record the teacher's log-probability of what was then sampled."""
         if self._pending is None:
             return
         record, rows, log_q = self._pending
-        tokens = tokens.to(log_q.device)
         index = torch.arange(len(tokens), device=log_q.device) if rows is None else rows
-        record[-1, index] = log_q.gather(-1, tokens[index].unsqueeze(-1)).squeeze(-1)
+        record[-1, index] = log_q[index, tokens.to(log_q.device)[index]]
         self._pending = None
 
 
@@ -435,10 +442,9 @@ def _entropy(log_p: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
     return -log_p.exp().mul_(log_p).nansum(-1)
 
 
-def _spread(values: Tensor, rows: Tensor | None, batch: int, *, dim: int, fill: float | int) -> Tensor:
-    """`values` of some rows as those of all."""
+def _parts(rows: Tensor | None, scores: Tensor) -> Sequence[slice | Tensor]:
+    """Rows, all or these, so few at a time that what is made of them stays in a processor's cache."""
+    size = max(1, (_PART_CPU if scores.device.type == "cpu" else _PART_ACCELERATOR) // scores.shape[-1])
     if rows is None:
-        return values
-    shape = list(values.shape)
-    shape[dim] = batch
-    return values.new_full(shape, fill).index_copy_(dim, rows, values)
+        return [slice(start, start + size) for start in range(0, len(scores), size)]
+    return rows.split(size)
