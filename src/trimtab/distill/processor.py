@@ -230,7 +230,7 @@ class TeacherGuided(LogitsProcessor):
         record = torch.full((len(RECORDS), batch), torch.nan, dtype=dtype, device=device)
         top_ids, top_log_probs = (
             torch.zeros(batch, k, dtype=torch.long, device=device),
-            torch.zeros(batch, k, device=device),
+            torch.zeros(batch, k, dtype=dtype, device=device),
         )
         for part in _parts(rows, scores):
             ours, theirs = canonicalise(
