@@ -17,6 +17,7 @@ from trimtab.distill.functional import topk_statistics
 from trimtab.distill.processor import RECORDS, TeacherGuided, TrustRegionBlend, generate_guided
 from trimtab.distill.rollouts import (
     SKD,
+    Behaviour,
     RolloutPolicy,
     TeacherMixture,
     TeacherOnly,
@@ -210,6 +211,53 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_tokenizer() -> None:
     assert ids.max() < VOCAB
     with pytest.raises(TrimtabError, match="over 15 and 13 ids"):
         generate_guided(student, inputs, TrustRegionBlend(teacher, 0.3), config())
+
+
+def test_several_samples_of_a_prompt_share_its_mask() -> None:
+    student, teacher, inputs = llama(1), llama(2), prompts((3, 6))
+    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS)
+    torch.manual_seed(3)
+    ids = generate_guided(student, inputs, processor, config(do_sample=True, num_return_sequences=3))
+    torch.manual_seed(3)
+    repeated = {name: x.repeat_interleave(3, dim=0) for name, x in inputs.items()}
+    assert ids.equal(uncached(student, teacher, TrustRegion(0.3, schedule="constant"), repeated)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks
+def test_a_teacher_with_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    student, teacher, inputs = llama(1), llama(2), prompts()
+    adapted = get_peft_model(teacher, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    torch.manual_seed(3)
+    ids = generate_guided(student, inputs, TrustRegionBlend(adapted, 0.3, stop_ids=STOPS), config())
+    torch.manual_seed(3)
+    assert ids.equal(uncached(student, adapted, TrustRegion(0.3, schedule="constant"), inputs)[0])
+
+
+def test_rows_that_have_stopped_are_not_solved() -> None:
+    class Counting(TrustRegion):
+        def log_behaviour(self, log_p: Tensor, log_q: Tensor, step: int) -> Behaviour:
+            solved.append(len(log_p))
+            return super().log_behaviour(log_p, log_q, step)
+
+    solved: list[int] = []
+    processor = TeacherGuided(llama(2), Counting(0.3), stop_ids=STOPS)
+    torch.manual_seed(3)
+    ids = generate_guided(llama(1), prompts(), processor, config())
+    new = ids[:, max(LENGTHS) :]
+    going = (new == STOPS.written).int().cumsum(-1) - (new == STOPS.written).int() == 0
+    assert solved == going.sum(0).tolist()
+    assert solved[-1] < solved[0]
+
+
+def test_after_all_have_stopped_nothing_is_solved_or_recorded() -> None:
+    processor = TrustRegionBlend(llama(2), 0.3, stop_ids=STOPS)
+    ids, scores = prompts((4, 4))["input_ids"], torch.randn(2, VOCAB)
+    processor(ids, scores)
+    ids = torch.cat([ids, torch.full((2, 1), STOPS.written)], -1)
+    assert processor(ids, scores) is scores
+    assert processor.records()["divergence"].shape == (2, 1)
 
 
 def test_in_plain_generate_with_nothing_but_a_list_of_processors() -> None:

@@ -82,7 +82,8 @@ class TeacherGuided(LogitsProcessor):
     - `teacher`: a causal LM in evaluation mode, on a device of its own if need be.
     - `policy`, `step`: who writes, at which optimiser step.
     - `temperature`: of both models; the policy's own temperature multiplies the student's when it writes alone.
-    - `stop_ids`: both models', made one; None leaves the logits, and then no row counts as stopped.
+    - `stop_ids`: both models', made one, at which `generate` must end rows, as it does if the student's
+      `eos_token_id` names them; None leaves the logits, and then no row counts as stopped.
     - `vocab_size`: where heads are padded to different sizes, the size of the common tokenizer.
     - `attention_mask` [prompts, length]: needed with left-padded prompts; several samples of a prompt share its row.
     - `cache_implementation`: the teacher's cache, "dynamic" or "static"; the latter needs `max_length`, the longest
@@ -142,6 +143,8 @@ class TeacherGuided(LogitsProcessor):
         logits = self._decoder.next_logits(input_ids, self._finished, self.attention_mask, self.max_length)
         # The one look at the device before the solve, once both models' work is on its way.
         rows = self._going(alike, scores.device)
+        if rows is not None and len(rows) == 0:
+            return scores  # where `generate` learns a step late that all have stopped, it drops this one
         return self._blend(scores, logits.to(scores.device), rows)
 
     def finish(self, sequences: Tensor) -> None:
@@ -214,8 +217,7 @@ class TeacherGuided(LogitsProcessor):
             raise _not_one_token("with other tokens in some row than before")
         self._settle(self._ids[:, -1])
         going = [row for row, stopped in enumerate(finished) if not stopped]
-        # If none is left the call's answer is not read, and any row will do.
-        return None if len(going) == len(finished) else torch.tensor(going or [0], device=device)
+        return None if len(going) == len(finished) else torch.tensor(going, dtype=torch.long, device=device)
 
     def _blend(
         self, scores: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch _"], rows: Tensor | None
@@ -225,7 +227,8 @@ class TeacherGuided(LogitsProcessor):
         k = min(self.record_top_k, size)
         dtype = torch.promote_types(torch.promote_types(scores.dtype, logits.dtype), torch.float32)
         log_mu = torch.full((batch, head), -torch.inf, dtype=dtype, device=device)
-        log_mu[:, 0] = 0.0  # a row that has stopped needs some distribution, which nobody reads
+        if rows is not None and self.stop_ids is not None:
+            log_mu[:, self.stop_ids.written] = 0.0  # `generate` samples in rows that have stopped too, for nobody
         log_q = torch.empty(batch, size, dtype=dtype, device=device)
         record = torch.full((len(RECORDS), batch), torch.nan, dtype=dtype, device=device)
         top_ids, top_log_probs = (
@@ -333,7 +336,9 @@ class _Decoder:
     """The teacher, its cache, and where it is in the texts."""
 
     def __init__(self, teacher: Any, cache_implementation: str) -> None:
-        accepted = inspect.signature(teacher.forward).parameters
+        # A PeftModel passes on what its own signature does not name.
+        wrapped = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
+        accepted = inspect.signature(wrapped.forward).parameters
         if teacher.training:
             raise TrimtabError("The teacher is in training mode: call teacher.eval().")
         if "past_key_values" not in accepted or teacher.config.is_encoder_decoder:
