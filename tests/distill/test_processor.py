@@ -387,6 +387,14 @@ def test_the_same_model_twice_is_that_model() -> None:
     assert metrics["student_entropy"] == pytest.approx(metrics["teacher_entropy"], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_teacher_is_asked_for_its_last_logits_alone(kind: str) -> None:
+    teacher, shapes = MODELS[kind](2), []
+    teacher.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    generate_guided(llama(1), prompts(), TrustRegionBlend(teacher, 0.3), config(3, min_new_tokens=3))
+    assert shapes == [(len(LENGTHS), 1, VOCAB)] * 3
+
+
 def test_scores_that_came_in_are_not_changed() -> None:
     teacher, inputs = llama(2), prompts()
     scores = torch.randn(len(LENGTHS), VOCAB)
@@ -503,6 +511,8 @@ def test_bad_settings_are_refused_by_name() -> None:
         TrustRegionBlend(teacher, 0.1, temperature=0)
     with pytest.raises(TrimtabError, match="cache_implementation='hybrid' is not known"):
         TrustRegionBlend(teacher, 0.1, cache_implementation="hybrid")
+    with pytest.raises(TrimtabError, match="vocab_size=0"):
+        TrustRegionBlend(teacher, 0.1, vocab_size=0)
     with pytest.raises(TrimtabError, match="step=-1"):
         TeacherGuided(teacher, Vanilla(), step=-1)
     with pytest.raises(TrimtabError, match="max_length=None must be known"):

@@ -18,7 +18,6 @@ Rows that have stopped are not solved; the teacher goes on in them with tokens t
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,10 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import GenerationMode
 
-from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.errors import TrimtabError
+from trimtab.distill.decoder import TeacherDecoder
 from trimtab.distill.eos import StopIds, canonicalise, suppressed_ids
 from trimtab.distill.functional import tempered
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
@@ -87,7 +87,7 @@ class TeacherGuided(LogitsProcessor):
     - `vocab_size`: where heads are padded to different sizes, the size of the common tokenizer.
     - `attention_mask` [prompts, length]: needed with left-padded prompts; several samples of a prompt share its row.
     - `cache_implementation`: the teacher's cache, "dynamic" or "static"; the latter needs `max_length`, the longest
-      that a text may become, prompt included (`generate_guided` fills in both).
+      that a text may become, prompt included (`generate_guided` fills it in).
     - `record_top_k`: keep the teacher's statistics at so many of the student's likeliest ids of each token.
 
     Raises `TrimtabError` for a teacher in training mode or without a cache, for settings outside their range, and
@@ -112,10 +112,10 @@ class TeacherGuided(LogitsProcessor):
     ) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
             raise TrimtabError(f"temperature={temperature} must be positive and finite.")
-        if cache_implementation not in ("dynamic", "static"):
-            raise unknown("cache_implementation", cache_implementation, ("dynamic", "static"))
         if step < 0 or record_top_k < 0:
             raise TrimtabError(f"step={step} and record_top_k={record_top_k} must be 0 or more.")
+        if vocab_size is not None and vocab_size < 1:
+            raise TrimtabError(f"vocab_size={vocab_size} must be at least 1.")
         self.teacher = teacher
         self.policy = policy
         self.step = step
@@ -123,11 +123,10 @@ class TeacherGuided(LogitsProcessor):
         self.stop_ids = stop_ids
         self.vocab_size = vocab_size
         self.attention_mask = attention_mask
-        self.cache_implementation = cache_implementation
         self.max_length = max_length
         self.record_top_k = record_top_k
         self.guided = policy.needs_teacher(step)
-        self._decoder = _Decoder(teacher, cache_implementation) if self.guided else None
+        self._decoder = TeacherDecoder(teacher, cache_implementation) if self.guided else None
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._finished = torch.empty(0, dtype=torch.bool)
         self._pending: _Pending | None = None
@@ -327,89 +326,6 @@ def generate_guided(
     output = student.generate(**inputs, generation_config=config, logits_processor=[processor])
     processor.finish(output if isinstance(output, Tensor) else output.sequences)
     return output
-
-
-# -- the teacher -----------------------------------------------------------------------------------
-
-
-class _Decoder:
-    """The teacher, its cache, and where it is in the texts."""
-
-    def __init__(self, teacher: Any, cache_implementation: str) -> None:
-        # A PeftModel passes on what its own signature does not name.
-        wrapped = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
-        accepted = inspect.signature(wrapped.forward).parameters
-        if teacher.training:
-            raise TrimtabError("The teacher is in training mode: call teacher.eval().")
-        if "past_key_values" not in accepted or teacher.config.is_encoder_decoder:
-            raise TrimtabError(f"teacher={type(teacher).__name__} must be a causal LM with a key-value cache.")
-        self.teacher = teacher
-        self.cache_implementation = cache_implementation
-        self.takes_positions = "position_ids" in accepted
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.cache: Any = None
-        self.mask: Tensor | None = None
-        self.positions = torch.empty(0, 0, dtype=torch.long)
-
-    def next_logits(
-        self, input_ids: Tensor, finished: Tensor, attention_mask: Tensor | None, max_length: int | None
-    ) -> Tensor:
-        """The teacher's logits after each text, [batch, vocab]: of the whole text at first, then of its last token."""
-        device = self.teacher.device
-        if self.cache is None:
-            tokens = input_ids.to(device)
-            self._begin(tokens, attention_mask, max_length)
-            if self.mask is not None:  # what pads the student may lie outside the teacher's vocabulary
-                tokens = tokens.masked_fill(self.mask == 0, 0)
-        else:
-            # Likewise what `generate` writes behind the end.
-            tokens = input_ids[:, -1:].masked_fill(finished.unsqueeze(-1), 0).to(device)
-            self.positions = self.positions[:, -1:] + 1
-            if self.mask is not None:
-                self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
-        positions = {"position_ids": self.positions} if self.takes_positions else {}
-        output = self.teacher(
-            input_ids=tokens,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **positions,
-            **self.last_only,
-        )
-        self.cache = output.past_key_values
-        return output.logits[:, -1]
-
-    def _begin(self, tokens: Tensor, attention_mask: Tensor | None, max_length: int | None) -> None:
-        batch, length = tokens.shape
-        config = self.teacher.config.get_text_config(decoder=True)
-        if self.cache_implementation == "dynamic":
-            self.cache = DynamicCache(config=config)
-        elif max_length is None or max_length < length:
-            raise TrimtabError(f"max_length={max_length} must be known, and at least {length}, with a static cache.")
-        else:
-            self.cache = StaticCache(config=config, max_cache_len=max_length)
-        pad = self.teacher.generation_config.pad_token_id
-        if attention_mask is None:
-            if pad is not None and bool((tokens[:, 0] == pad).any()):
-                raise TrimtabError(
-                    f"Some prompt begins with the teacher's padding, token id {pad}: give attention_mask (all ones if "
-                    "it is no padding)."
-                )
-        elif attention_mask.shape[1] != length or batch % len(attention_mask):
-            raise TrimtabError(
-                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(tokens.shape)}: the lengths "
-                "must be equal, and the rows too but for several samples of each prompt."
-            )
-        elif not bool(attention_mask.all()):
-            mask = attention_mask.to(tokens.device, torch.long)
-            self.mask = mask.repeat_interleave(batch // len(mask), dim=0)
-            if not bool(self.mask[:, -1].all()):
-                raise TrimtabError("attention_mask ends with 0 in some row: prompts are padded on the left.")
-        if self.mask is None:
-            self.positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        else:
-            self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
 
 
 # -- pieces ----------------------------------------------------------------------------------------
