@@ -181,11 +181,11 @@ def count_calls(model: Any) -> list[int]:
     ids=str,
 )
 def test_without_a_budget_all_is_trls(bed: Bed, nothing: dict[str, Any]) -> None:
-    theirs = bed.trainer(kind=DistillationTrainer, gradient_accumulation_steps=2)
+    theirs = bed.trainer(kind=DistillationTrainer, gradient_accumulation_steps=2, max_steps=5)
     theirs.train()
-    ours = bed.trainer(gradient_accumulation_steps=2, **nothing)
+    ours = bed.trainer(gradient_accumulation_steps=2, max_steps=5, **nothing)
     ours.train()
-    assert len(ours.written) == 3
+    assert len(ours.written) == 5, "three epochs"
     assert ours.written == theirs.written
     assert logged(ours, "loss") == logged(theirs, "loss")
     assert_same(weights(ours), weights(theirs))
@@ -725,7 +725,10 @@ def test_the_teachers_view_of_what_the_student_writes_alone(
 @pytest.mark.parametrize(
     "settings", [{}, {"loss_estimator": "topk_tail", "loss_top_k": 4}, {"gradient_accumulation_steps": 2}], ids=str
 )
-def test_a_run_that_is_taken_up_again_is_the_same_run(bed: Bed, tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("epochs", ["one epoch", "new epoch", "third epoch"])
+def test_a_run_that_is_taken_up_again_is_the_same_run(
+    bed: Bed, tmp_path: Path, settings: dict[str, Any], epochs: str
+) -> None:
     """Stopped within the warm-up, which goes on where it was."""
     options = {
         "trust_region_epsilon": 0.5,
@@ -735,9 +738,11 @@ def test_a_run_that_is_taken_up_again_is_the_same_run(bed: Bed, tmp_path: Path, 
         "save_steps": 2,
         **settings,
     }
-    whole = bed.trainer(data=prompts(32), **options)
+    step = 4 * settings.get("gradient_accumulation_steps", 1)
+    data = prompts({"one epoch": 4 * step, "new epoch": 2 * step, "third epoch": step}[epochs])
+    whole = bed.trainer(data=data, **options)
     whole.train()
-    again = bed.trainer(data=prompts(32), **options)
+    again = bed.trainer(data=data, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert again.written == whole.written[2:]
     assert_same(weights(again), weights(whole))

@@ -33,6 +33,7 @@ from trimtab.distill.compatibility import check_sampling, common_tokens, differ_
 from trimtab.distill.eos import StopIds, suppressed_ids
 from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden, reverse_kl_of_statistics, teacher_view
 from trimtab.distill.processor import TeacherGuided, generate_guided
+from trimtab.distill.prompts import InEpochs
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
 from trimtab.methods import bibtex, find
 
@@ -218,6 +219,9 @@ class TRBTrainer(DistillationTrainer):
         if self.use_vllm:  # which knows biases only
             given = self.vllm_generation.generation_kwargs
             given["logit_bias"] = {**dict.fromkeys(ids, -100.0), **given.get("logit_bias", {})}
+
+    def _get_train_sampler(self, dataset: Any = None) -> InEpochs:
+        return InEpochs(super()._get_train_sampler(dataset))
 
     # -- rollouts ----------------------------------------------------------------------------------
 
