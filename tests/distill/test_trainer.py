@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_utils import set_seed
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer, TrlParser
 from trl.trainer import distillation_trainer as host
 
 from trimtab.core.errors import TrimtabError
@@ -31,7 +31,7 @@ from trimtab.distill.processor import RECORDS, TeacherGuided, generate_guided
 from trimtab.distill.rollouts import SKD, RolloutPolicy, TeacherOnly, TemperatureWarmup, TrustRegion, Vanilla
 from trimtab.distill.trainer import TRBTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing.* is deprecated:FutureWarning")
 
 VOCAB = 64
 NEW = 6
@@ -199,6 +199,14 @@ def test_a_config_of_trls_gets_our_defaults(bed: Bed) -> None:
     assert trainer.rollout_policy == TrustRegion(0.02, 50)
     trainer.train()
     assert logged(trainer, "rollout/epsilon") == [0.02]
+
+
+def test_the_command_line_of_trls_scripts_knows_the_settings(tmp_path: Path) -> None:
+    given = ["--trust_region_epsilon", "0.1", "--student_stop_ids", "1", "2", "--loss_estimator", "topk_pg"]
+    host_settings = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    (config,) = TrlParser(TRBConfig).parse_args_and_config([*host_settings, *given])
+    assert config.trust_region() == TrustRegion(0.1, 50)
+    assert (config.student_stop_ids, config.loss_estimator) == ([1, 2], "topk_pg")
 
 
 def test_after_the_warm_up_no_teacher_writes_and_no_cache_is_left(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,6 +483,22 @@ def test_equal_models_have_no_loss_and_stay(bed: Bed) -> None:
         assert logged(trainer, "loss") == pytest.approx([0, 0], abs=1e-5)
         for name, value in weights(trainer).items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+def test_autocast_and_checkpointing_change_little_or_nothing(
+    bed: Bed, estimator: str, settings: dict[str, Any]
+) -> None:
+    shared = {"teacher_stop_ids": [5], "trust_region_epsilon": 0.5, "trust_region_warmup_steps": 1, "max_steps": 2}
+    plain = bed.trainer(loss_estimator=estimator, **shared)
+    plain.train()
+    other = bed.trainer(loss_estimator=estimator, **shared, **settings)
+    other.train()
+    assert other.written[0] == plain.written[0]
+    tolerance = 0.05 if "bf16" in settings else 1e-5
+    assert logged(other, "loss")[0] == pytest.approx(logged(plain, "loss")[0], rel=tolerance)
+    assert logged(other, "grad_norm")[0] == pytest.approx(logged(plain, "grad_norm")[0], rel=tolerance)
 
 
 def test_other_divergences_stay_with_trl(bed: Bed) -> None:

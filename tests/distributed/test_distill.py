@@ -25,10 +25,11 @@ pytestmark = [
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_distill import SETTINGS, run
+from test_distill import SETTINGS, heads_in_parts, run
 torch.set_num_threads(1)
 for name in SETTINGS:
     run(f"{{sys.argv[1]}}/{{name}}", name, processes=2)
+heads_in_parts()
 assert dist.is_initialized() and dist.get_world_size() == 2, "one process ran alone"
 sys.stdout.write(f"world size {{dist.get_world_size()}}\\n")
 sys.stdout.flush()
@@ -149,6 +150,29 @@ def run(out: str, name: str, *, processes: int) -> None:
     rank = trainer.accelerator.process_index
     Path(out, f"{rank}.json").write_text(json.dumps({"written": written, "history": trainer.state.log_history}))
     save_file({k: v.contiguous() for k, v in trainer.model.state_dict().items()}, f"{out}/{rank}.safetensors")
+
+
+def heads_in_parts() -> None:
+    """As FSDP has them, where each process holds some rows of a head: the same loss, and gradients to the parts."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden
+
+    student, teacher = llama(0, stop=2), llama(1, stop=2)
+    hidden, other = (torch.randn(5, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    whole, _ = reverse_kl_of_hidden(hidden, Head.of(student), other, Head.of(teacher), Comparison())
+    whole.backward()
+    wanted = student.lm_head.weight.grad
+    mesh = init_device_mesh("cpu", (2,))
+    for model in (student, teacher):
+        weight = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        assert model.lm_head.weight.to_local().shape == (32, 16)
+    parts, _ = reverse_kl_of_hidden(hidden, Head.of(student), other, Head.of(teacher), Comparison())
+    parts.backward()
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(student.lm_head.weight.grad.full_tensor(), wanted)
+    assert teacher.lm_head.weight.grad is None
 
 
 @pytest.fixture(scope="module")

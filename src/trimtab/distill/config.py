@@ -20,7 +20,6 @@ from trimtab.distill.rollouts import TrustRegion
 __all__ = ["TRBConfig"]
 
 
-@no_type_check  # most fields are transformers', which takes whole numbers where it says float
 @dataclass
 class TRBConfig(DistillationConfig):
     """`trl.DistillationConfig` with a trust region around the student for the first rollouts.
@@ -114,3 +113,7 @@ class TRBConfig(DistillationConfig):
     def trust_region(self) -> TrustRegion:
         """Who writes the rollouts."""
         return TrustRegion(self.trust_region_epsilon, self.trust_region_warmup_steps, self.trust_region_schedule)
+
+
+# Most arguments are transformers', which takes whole numbers where it says float; the fields keep their types.
+no_type_check(TRBConfig.__init__)
