@@ -79,9 +79,7 @@ def kto_loss(
     """
     _check_beta(beta)
     gain = beta * (log_ratio - kl)
-    return torch.where(
-        desirable, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain)
-    )
+    return torch.where(desirable, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain))
 
 
 @torch.no_grad()
