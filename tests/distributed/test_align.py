@@ -34,8 +34,9 @@ if kind == "kto":
     rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 4 < 2} for i, r in enumerate(rows)]
 trainer, config = {"dpo": (TRDPOTrainer, DPOConfig), "kto": (TRKTOTrainer, KTOConfig)}[kind]
 options = dict(max_steps=4, per_device_train_batch_size=8 // processes, learning_rate=0.1, optim="sgd", beta=0.3,
-               use_cpu=True, bf16=False, report_to="none", logging_steps=1, gradient_checkpointing=False, save_strategy="steps",
-               save_steps=2, disable_tqdm=True, train_sampling_strategy="sequential")
+               use_cpu=True, bf16=False, report_to="none", logging_steps=1, gradient_checkpointing=False,
+               save_strategy="steps", save_steps=2,
+               disable_tqdm=True, train_sampling_strategy="sequential")
 made = trainer(
     AutoModelForCausalLM.from_pretrained(folder), args=config(str(out / "run"), **options),
     train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(folder),
