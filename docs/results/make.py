@@ -1,28 +1,30 @@
 """Write the tables of this folder from what was measured: `python docs/results/make.py [DIR]`.
 
-    benchmarks.md   from benchmarks/results/*.json, which `make bench` writes
-    gallery.md      from src/trimtab/gallery/full_results/*.json, the committed entries of full gallery runs
+    benchmarks.md      from benchmarks/results/*.json, which `make bench` writes
+    gallery-METHOD.md  from src/trimtab/gallery/full_results/METHOD.json, the committed entry of a full gallery run
 
-With DIR, the output of `trimtab gallery run --out DIR`, its full entries become the committed ones first. The pages of
-the documentation include the tables; a test compares them with their sources.
+With DIR, the output of `trimtab gallery run --out DIR`, its full entries become the committed ones first, and their
+figures go to docs/figures. The pages of the documentation include the tables; a test compares them with their sources.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+FIGURES = ROOT / "docs" / "figures"
 FULL_RESULTS = ROOT / "src" / "trimtab" / "gallery" / "full_results"
 NOTHING = "*No figures are committed yet.*\n"
 
 
 def pages() -> dict[str, str]:
     """The text of each table file, by its name."""
-    return {"benchmarks.md": _benchmarks(), "gallery.md": _gallery()}
+    return {"benchmarks.md": _benchmarks()} | _gallery()
 
 
 def _benchmarks() -> str:
@@ -49,8 +51,8 @@ def _benchmarks() -> str:
     return "\n".join(parts) or NOTHING
 
 
-def _gallery() -> str:
-    parts = []
+def _gallery() -> dict[str, str]:
+    tables = {}
     for path in sorted(FULL_RESULTS.glob("*.json")):
         entry = json.loads(path.read_text(encoding="utf-8"))
         better = "higher" if entry["higher_is_better"] else "lower"
@@ -61,13 +63,13 @@ def _gallery() -> str:
             value = _number(arm["mean"]) or f"failed: {arm.get('error')}"
             lines.append(f"| {_cell(arm['name'])} ({arm['role']}) | {_cell(value)} | {interval} |")
         seeds = len(entry["seeds"])
-        parts.append(
+        tables[f"gallery-{entry['method']}.md"] = (
             f"**{entry['method']}: {entry['verdict']}.** Claim: {entry['claim']}\n\n"
             + "\n".join(lines)
             + f"\n\n{entry['comparison']} The paper reports: {entry['paper_figure']}.\n\n"
             f"`trimtab gallery run {entry['method']} --out results`, {seeds} seeds, {_where(entry)}.\n"
         )
-    return "\n".join(parts) or NOTHING
+    return tables
 
 
 def _where(entry: dict[str, Any]) -> str:
@@ -93,6 +95,9 @@ def _commit(directory: Path) -> None:
         if entry["quick"] or failed:
             print(f"{entry['method']}: not taken, {'a quick run' if entry['quick'] else f'failed: {failed}'}")
             continue
+        for figure in (directory / name for name in entry["attachments"] if name.endswith(".svg")):
+            FIGURES.mkdir(exist_ok=True)
+            shutil.copyfile(figure, FIGURES / f"{entry['method']}-{figure.name}")
         text = json.dumps(entry | {"attachments": []}, indent=1, ensure_ascii=False) + "\n"
         (FULL_RESULTS / f"{entry['method']}.json").write_text(text, encoding="utf-8")
 
