@@ -191,7 +191,7 @@ def reward_against_kl(curves: Curves) -> str:
 
 def _attach(directory: Path) -> list[Path]:
     """The figure of the seeds that this process has trained; of the first block, if it took all values from before."""
-    blocks = list(_BLOCKS.values()) or [_block(0)]
+    blocks = [_BLOCKS[index] for index in sorted(_BLOCKS)] or [_block(0)]
     curves = Curves(*(torch.cat(parts, -1) for parts in zip(*blocks, strict=True)))
     path = directory / "reward-against-kl.svg"
     write_file(path, reward_against_kl(curves).encode())
