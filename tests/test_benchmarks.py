@@ -11,6 +11,7 @@ import torch
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import (
     gpu,
+    gpu_trust_region,
     kernels,
     measure,
     reference_update,
@@ -229,3 +230,19 @@ def test_reference_updates_are_measured_beside_steps() -> None:
     assert all(row.ours > 0 and row.peer > 0 for row in rows)
     *_, factors = rows
     assert factors.ours < factors.peer  # the adapter's bytes, and the whole model's
+
+
+def test_what_is_timed_of_trust_regions_on_a_gpu_runs() -> None:
+    for calls in (
+        gpu_trust_region.solve_calls(2, 50, "cpu"),
+        gpu_trust_region.rollout_calls(64, 32, "cpu"),
+        gpu_trust_region.update_calls(1, 32, 64, "cpu"),
+    ):
+        for call in calls.values():
+            call()
+
+
+def test_without_a_gpu_the_trust_regions_say_that_they_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu_trust_region.main()
