@@ -14,7 +14,7 @@ from benchmarks.peers import ROOT
 __all__ = ["main", "shortfalls"]
 
 SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training", "sae_methods", "kron_claims")
-LONG = ("sae_rates", "gemma_dictionaries", "gpu")
+LONG = ("sae_rates", "gemma_dictionaries", "gemma_align", "gemma_distill", "gpu")
 """Run only when named: they take long, or a GPU."""
 
 

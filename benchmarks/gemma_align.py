@@ -179,7 +179,8 @@ def _train(setting: Setting, beta: float, made: Callable[[], Any] | None, chat: 
 
 def _untrained(setting: Setting) -> dict[str, Figure]:
     with tempfile.TemporaryDirectory() as out:
-        return _measure(setting, trainer(setting, LARGE_BETA, None, False, out), False)
+        figures = _measure(setting, trainer(setting, LARGE_BETA, None, False, out), False)
+    return figures | {"the judge's accuracy": (_judge(setting).accuracy, "1")}
 
 
 def _seconds_a_step(host: Any) -> float:
@@ -212,7 +213,6 @@ def _measure(setting: Setting, host: Any, chat: bool) -> dict[str, Figure]:
         "margin": (float(margin.mean()), "nats"),
         "perplexity of reviews": (perplexity(model, words, lukewarm), "1"),
         "tokens a continuation": (float(written.answer_mask.sum(-1).float().mean()), "1"),
-        "the judge's accuracy": (judge.accuracy, "1"),
     }
 
 

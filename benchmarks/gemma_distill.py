@@ -5,8 +5,9 @@
                  start minimises KL(teacher || student) on film reviews, once for all arms, and goes to the cache
     prompts      "Film review: " and the first two words of a review; answers of up to 24 tokens at temperature 1
     loss         KL(student || teacher) of each prefix, over the vocabulary
-    arms         the student writes (vanilla); TRB with eps = 0.1 and 0.02 nats a token over the first quarter of the
-                 steps; the former at every step (fixed); SKD; vanilla after a warm-up on the teacher's answers (SFT)
+    arms         the student writes (vanilla, TRL's trainer); TRB with eps = 0.1 and 0.02 nats a token over the first
+                 quarter of the steps; the former at every step (fixed); SKD; vanilla after as many steps of
+                 cross-entropy on the teacher's answers (SFT warm-up)
 
 Measured before training, after the first quarter and half of the steps, and at the end, on openings and reviews that
 neither the warm start nor an arm has seen:
@@ -96,18 +97,18 @@ def arms(setting: Setting) -> list[Arm]:
 
         return made
 
-    def arm(name: str, made: Callable[[], Any], *, sft: bool = False) -> Arm:
+    def arm(name: str, made: Callable[[], Any] | None, *, sft: bool = False) -> Arm:
         return Arm(name, functools.partial(_train, setting, made, sft), None if name == "vanilla" else "vanilla")
 
     quarter = setting.quarter
     return [
         Arm("before training", functools.partial(_untrained, setting)),
-        arm("vanilla", policy("Vanilla")),
+        arm("vanilla", None),
         arm("TRB 0.1", policy("TrustRegion", 0.1, quarter)),
         arm("TRB 0.02", policy("TrustRegion", 0.02, quarter)),
         arm("fixed 0.1", policy("TrustRegion", 0.1, quarter, "constant")),
         arm("SKD", policy("SKD")),
-        arm("SFT warm-up", policy("Vanilla"), sft=True),
+        arm("SFT warm-up", None, sft=True),
     ]
 
 
@@ -159,26 +160,36 @@ def student(start: WarmStart) -> Any:
 
 
 def _warm_started(start: WarmStart) -> Any:
-    """Cut and trained, with AdamW at a rate that falls linearly to 0: mean KL(teacher || student) a token."""
+    """Cut, and trained on reviews by the mean of KL(teacher || student) a token, at a rate that falls linearly to 0."""
     made = first_layers(teacher(), start.layers)
     made.get_input_embeddings().requires_grad_(False)
-    optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], start.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / start.steps)
     texts = [review.text for review in split().others]
-    for step in range(start.steps):
-        texts_now = [texts[(step * start.texts_per_step + index) % len(texts)] for index in range(start.texts_per_step)]
-        rows = reviews(texts_now)
+
+    def loss(step: int) -> Tensor:
+        first = step * start.texts_per_step
+        rows = reviews([texts[index % len(texts)] for index in range(first, first + start.texts_per_step)])
         with torch.no_grad():
             log_q = log_probs(teacher(), rows)[rows.answer_mask]
-        loss = kl(log_q, log_probs(made, rows)[rows.answer_mask]).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        return kl(log_q, log_probs(made, rows)[rows.answer_mask]).mean()
+
+    _fit(made, loss, start.steps, start.learning_rate, lambda step: 1 - step / start.steps)
+    return made.eval()
+
+
+def _fit(
+    model: Any, loss: Callable[[int], Tensor], steps: int, learning_rate: float, share: Callable[[int], float]
+) -> None:
+    """AdamW on `loss(step)`, gradients clipped to norm 1; the rate of a step is its `share` of `learning_rate`."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+    for step in range(steps):
+        value = loss(step)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
-        if step % 10 == 0 or step == start.steps - 1:
-            print(f"warm start, step {step + 1}/{start.steps}: KL(teacher || student) {loss.item():.3f}", flush=True)
-    return made.eval()
+        print(f"step {step + 1}/{steps}: {value.item():.3f} nats a token", flush=True)
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -212,24 +223,33 @@ def held_out(setting: Setting) -> tuple[list[str], list[str]]:
 # -- arms ------------------------------------------------------------------------------------------
 
 
-def trainer(setting: Setting, made: Callable[[], Any], out: str) -> Any:
-    """Ours, which keeps the rollouts of the first quarter: their prompts' and answers' ids."""
+def trainer(setting: Setting, made: Callable[[], Any] | None, out: str) -> Any:
+    """TRL's trainer where the student writes, ours with the rollout policy that `made` makes; same prompts and order.
+
+    Its `recorded` are the rollouts of the first quarter: the ids of the prompts, and of the answers.
+    """
     from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
 
-    from trimtab.distill import TRBConfig, TRBTrainer
+    host: Any = DistillationTrainer
+    config: Any = DistillationConfig
+    if made is not None:
+        from trimtab.distill import TRBConfig, TRBTrainer
 
-    class Recording(TRBTrainer):
+        host, config = TRBTrainer, TRBConfig
+    recorded: tuple[list[Any], list[Any]] = [], []
+
+    class Recording(host):
         def _generate_single_turn(self, prompt_ids: Any, *others: Any, **options: Any) -> Any:
             answers = super()._generate_single_turn(prompt_ids, *others, **options)
             if self.state.global_step < setting.quarter:
-                prompts_so_far, answers_so_far = self.recorded
-                prompts_so_far += prompt_ids
-                answers_so_far += answers
+                for kept, new in zip(recorded, (prompt_ids, answers), strict=True):
+                    kept.extend(new)
             return answers
 
     seen = set(held_out(setting)[0])
     prompts = [prompt for prompt in openings([review.text for review in split().others]) if prompt not in seen]
-    settings = TRBConfig(
+    settings = config(
         out,
         max_steps=setting.steps,
         per_device_train_batch_size=setting.rollouts,
@@ -246,16 +266,16 @@ def trainer(setting: Setting, made: Callable[[], Any], out: str) -> Any:
         report_to="none",
         logging_steps=4,
     )
-    host = Recording(
+    made_host = Recording(
         model=student(setting.warm_start),
         teacher_model=teacher(),
         args=settings,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         processing_class=tokenizer(),
-        rollout_policy=made(),
+        **({} if made is None else {"rollout_policy": made()}),
     )
-    host.recorded = [], []
-    return host
+    made_host.recorded = recorded
+    return made_host
 
 
 class Measuring(TrainerCallback):
@@ -272,23 +292,22 @@ class Measuring(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
-        steps = {"a quarter": self.setting.quarter, "half": self.setting.steps // 2, "the end": self.setting.steps}
-        for name, step in steps.items():
-            if state.global_step == step:
-                self.figures |= _measure(self.setting, model, name)
+        times = {self.setting.quarter: "a quarter", self.setting.steps // 2: "half", self.setting.steps: "the end"}
+        if state.global_step in times:
+            self.figures |= _measure(self.setting, model, times[state.global_step])
 
 
 def _untrained(setting: Setting) -> dict[str, Figure]:
     return _measure(setting, student(setting.warm_start), "the end")
 
 
-def _train(setting: Setting, made: Callable[[], Any], sft: bool) -> dict[str, Figure]:
+def _train(setting: Setting, made: Callable[[], Any] | None, sft: bool) -> dict[str, Figure]:
     measuring = Measuring(setting)
     with tempfile.TemporaryDirectory() as out:
         host = trainer(setting, made, out)
         before = time.perf_counter()
         if sft:
-            _sft_warmup(setting, host)
+            _sft_warmup(setting, host.model, host.train_dataset["prompt"])
         before = time.perf_counter() - before
         host.add_callback(measuring)
         host.train()
@@ -327,8 +346,23 @@ def _measure(setting: Setting, model: Any, when: str) -> dict[str, Figure]:
     return figures | ({"cross-entropy, the end": a_token(entropy, real)} if when == "the end" else {})
 
 
-def _sft_warmup(setting: Setting, host: Any) -> None:
-    raise NotImplementedError
+def _sft_warmup(setting: Setting, model: Any, prompts: Sequence[str]) -> None:
+    """Cross-entropy on the teacher's own answers to `prompts`, for as many steps as the first quarter has."""
+    words = tokenizer()
+
+    def loss(step: int) -> Tensor:
+        now = prompts[step * setting.rollouts : (step + 1) * setting.rollouts]
+        rows = sample(
+            teacher(),
+            words(now).input_ids,
+            [words.eos_token_id],
+            new_tokens=setting.new_tokens,
+            seed=setting.seed + step,
+        )
+        log_p = log_probs(model, rows).gather(-1, rows.answers[..., None])[..., 0]
+        return -log_p[rows.answer_mask].mean()
+
+    _fit(model, loss, setting.quarter, setting.learning_rate, lambda step: 1.0)
 
 
 if __name__ == "__main__":

@@ -3,4 +3,5 @@
 text         public-domain English and made-up stories whose sentiment and topic are known
 micro        the micro checkpoints that ship with the package, and the recipes that make them
 real_models  Gemma 3 270M, MiniLM-L6 and real text, made once from packages, in a cache
+reviews      preference pairs and prompts from film reviews whose sentiment people have rated
 """
