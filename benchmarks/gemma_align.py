@@ -50,7 +50,7 @@ class Setting:
 
     steps: int = 72
     pairs_per_step: int = 4
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     rank: int = 8
     pairs: int = 64
     samples: int = 96
