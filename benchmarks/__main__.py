@@ -13,7 +13,7 @@ from benchmarks.peers import ROOT
 
 __all__ = ["main", "shortfalls"]
 
-SCRIPTS = ("startup", "trust_region", "kernels", "harvest", "sae_training", "sae_methods", "kron_claims")
+SCRIPTS = ("startup", "trust_region", "trb_rollout", "kernels", "harvest", "sae_training", "sae_methods", "kron_claims")
 LONG = ("sae_rates", "gemma_dictionaries", "gemma_align", "gemma_distill", "gpu")
 """Run only when named: they take long, or a GPU."""
 
