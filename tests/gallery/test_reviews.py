@@ -50,7 +50,8 @@ def test_parts_share_no_review_and_pairs_are_what_they_say(found: list[Review], 
 
 
 @given(
-    first=st.lists(st.integers(1, 9), min_size=1, max_size=4), second=st.lists(st.integers(1, 9), min_size=1, max_size=4)
+    first=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    second=st.lists(st.integers(1, 9), min_size=1, max_size=4),
 )
 @settings(deadline=None)
 def test_lengths_differ_as_little_as_any_matching_allows(first: list[int], second: list[int]) -> None:
