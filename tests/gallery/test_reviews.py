@@ -15,12 +15,13 @@ from trimtab.gallery.testbeds import reviews
 from trimtab.gallery.testbeds.reviews import CHAT_TEMPLATE, PREFIX, PreferencePair, Review, preference_split
 
 WORDS = ("fine", "dull", "long", "plot", "actors", "songs", "again", "never")
+EXTREMES = (("superb", 3.0), ("dreadful", -3.0))
 OPENINGS = ("The film", "It is", "A story")
 
 
 @st.composite
 def rated(draw: st.DrawFn) -> list[Review]:
-    """Reviews of three openings, with texts that may stand twice."""
+    """Reviews of three openings."""
     rest = st.lists(st.sampled_from(WORDS), min_size=0, max_size=6).map(lambda words: "".join(f" {w}" for w in words))
     texts = draw(st.lists(st.tuples(st.sampled_from(OPENINGS), rest), min_size=1, max_size=30))
     return [Review(opening + rest, draw(st.floats(-4, 4))) for opening, rest in texts]
@@ -29,11 +30,10 @@ def rated(draw: st.DrawFn) -> list[Review]:
 @given(found=rated(), seed=st.integers(0, 99))
 @settings(deadline=None)
 def test_parts_share_no_review_and_pairs_are_what_they_say(found: list[Review], seed: int) -> None:
-    try:
-        split = preference_split(found, max_words=6, seed=seed)
-    except TrimtabError as error:
-        assert "both parts need one" in str(error)
-        return
+    # Two openings with a pair each, of words that no drawn review has.
+    found = [*found, *(Review(f"{opening} {word}", mood) for opening in OPENINGS[:2] for word, mood in EXTREMES)]
+    found = list({review.text: review for review in found}.values())
+    split = preference_split(found, max_words=6, seed=seed)
     sentiment = {review.text: review.sentiment for review in found}
     pairs = [*split.train, *split.held_out]
     assert split.train
