@@ -20,7 +20,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -164,6 +163,6 @@ def _matched(first: list[str], second: list[str]) -> list[tuple[str, str]]:
     """As many pairs as the shorter list has texts, such that the sum of the differences in words is least."""
     from scipy.optimize import linear_sum_assignment
 
-    lengths: tuple[Any, Any] = tuple(np.array([len(text.split()) for text in texts]) for texts in (first, second))
-    rows, columns = linear_sum_assignment(np.abs(lengths[0][:, None] - lengths[1][None, :]))
+    one, other = ([len(text.split()) for text in texts] for texts in (first, second))
+    rows, columns = linear_sum_assignment(np.abs(np.subtract.outer(one, other)))
     return [(first[row], second[column]) for row, column in zip(rows, columns, strict=True)]
