@@ -61,12 +61,12 @@ class WarmStart:
 class Setting:
     """What all arms share. prompts: held-out ones; texts: held-out reviews; rollouts: a step's."""
 
-    steps: int = 48
+    steps: int = 40
     rollouts: int = 8
     new_tokens: int = 24
     learning_rate: float = 1e-4
-    prompts: int = 48
-    texts: int = 64
+    prompts: int = 32
+    texts: int = 48
     seed: int = 0
     warm_start: WarmStart = WarmStart()
 

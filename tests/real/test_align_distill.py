@@ -102,6 +102,15 @@ def test_two_steps_of_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+def test_a_step_of_trust_region_blending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemma_distill, "cache_dir", lambda: tmp_path)
+    by_name = {arm.name: arm for arm in gemma_distill.arms(replace(DISTILL, steps=1))}
+    figures = dict(by_name["TRB 0.1"].run())
+    assert figures["log q of rollouts, first quarter"][0] < 0
+    assert all(math.isfinite(value) for value, _ in figures.values())
+
+
+@pytest.mark.slow
 def test_only_layers_and_norm_of_the_student_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemma_distill, "cache_dir", lambda: tmp_path)
     host = gemma_distill.trainer(DISTILL, None, str(tmp_path / "out"))
