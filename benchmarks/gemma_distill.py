@@ -256,7 +256,7 @@ def trainer(setting: Setting, made: Callable[[], Any] | None, out: str) -> Any:
         max_completion_length=setting.new_tokens,
         learning_rate=setting.learning_rate,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=setting.steps // 12,
+        warmup_steps=float(setting.steps // 12),
         seed=setting.seed,
         use_cpu=True,
         bf16=False,
@@ -264,7 +264,7 @@ def trainer(setting: Setting, made: Callable[[], Any] | None, out: str) -> Any:
         dataloader_pin_memory=False,
         save_strategy="no",
         report_to="none",
-        logging_steps=4,
+        logging_steps=4.0,
     )
     made_host = Recording(
         model=student(setting.warm_start),
