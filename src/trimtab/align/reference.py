@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from trimtab.align.adapters import DenseDelta, adapter_pairs, add_reference_adapter, dense_deltas
 from trimtab.align.functional import trust_region_lerp_
 from trimtab.align.schedule import UpdateSchedule
-from trimtab.align.weights import Pair, gathered, local_pair, named_tensors, pairs_by_name, whole, write
+from trimtab.align.weights import Pair, full_shape, gathered, local_pair, named_tensors, pairs_by_name, whole, write
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.files import write_file
 
@@ -38,6 +38,7 @@ FILE = "trust_region_reference.safetensors"
 
 _HALVES = (torch.float16, torch.bfloat16)
 _KINDS = ("factors", "exact")
+_COUNTS = ("n_updates", "last_update", "last_weight")
 
 
 class TrustRegionReference:
@@ -55,9 +56,7 @@ class TrustRegionReference:
     step. Raises `TrimtabError` for an unknown `lora`.
     """
 
-    def __init__(
-        self, schedule: UpdateSchedule, *, lora: Literal["factors", "exact"] = "factors", measure: bool = False
-    ) -> None:
+    def __init__(self, schedule: UpdateSchedule, *, lora: str = "factors", measure: bool = False) -> None:
         if lora not in _KINDS:
             raise unknown("lora", lora, _KINDS)
         self.schedule = schedule
@@ -134,7 +133,7 @@ class TrustRegionReference:
 
     # -- moving ------------------------------------------------------------------------------------
 
-    def update(self, step: int, total_steps: int, margin: float = math.inf) -> bool:
+    def update(self, step: int, total_steps: int, margin: float | int = math.inf) -> bool:
         """Move after optimiser step `step` = 1, 2, … of `total_steps` if the schedule says so; whether it did.
 
         `margin` is the batch's mean h, for a schedule with a threshold.
@@ -188,7 +187,7 @@ class TrustRegionReference:
         """Write the reference and its count of updates to `path`; every process of a run calls it, one `writes`."""
         tensors = {name: whole(tensor) for name, tensor in self._held().items()}
         tensors |= {name: whole(master) for name, master in self._masters.items()}
-        counts = {name: str(getattr(self, name)) for name in ("n_updates", "last_update", "last_weight")}
+        counts = {name: str(getattr(self, name)) for name in _COUNTS}
         if writes:
             write_file(Path(path), to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, counts))
 
@@ -200,14 +199,16 @@ class TrustRegionReference:
         held = self._held()
         try:
             with safe_open(path, "pt") as file:
-                names, counts = set(file.keys()), file.metadata()
+                names, counts = set(file.keys()), file.metadata() or {}
+                if not set(counts) >= set(_COUNTS):
+                    raise TrimtabError(f"{path} is no reference that TrustRegionReference saved: it has no counts.")
                 if names != set(held):
                     first = min(names ^ set(held))
                     raise TrimtabError(f"{path} is no reference of this policy: {first!r} is in one of them alone.")
                 for name, tensor in held.items():
                     value = file.get_tensor(name)
-                    if value.shape != tensor.shape:
-                        shapes = f"{list(value.shape)} there and {list(tensor.shape)} here"
+                    if list(value.shape) != full_shape(tensor):
+                        shapes = f"{list(value.shape)} there and {full_shape(tensor)} here"
                         raise TrimtabError(f"{path} is no reference of this policy: {name!r} has shape {shapes}.")
                     write(tensor, value)
                     if tensor.dtype in _HALVES and value.dtype == torch.float32:

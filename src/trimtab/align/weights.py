@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trimtab.core.errors import TrimtabError
 
-__all__ = ["Pair", "gathered", "local_pair", "named_tensors", "pairs_by_name", "whole", "write"]
+__all__ = ["Pair", "full_shape", "gathered", "local_pair", "named_tensors", "pairs_by_name", "whole", "write"]
 
 _WRAPPERS = {"module", "_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 
@@ -50,9 +50,9 @@ def pairs_by_name(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor])
             raise TrimtabError(f"The reference's structure is not the policy's: the {where} has no tensor {name!r}.")
     pairs = [Pair(name, tensor, policy[name]) for name, tensor in reference.items()]
     for name, ours, theirs in pairs:
-        if _shape(ours) != _shape(theirs):
+        if full_shape(ours) != full_shape(theirs):
             raise TrimtabError(
-                f"Tensor {name!r} has shape {_shape(ours)} in the reference and {_shape(theirs)} in the policy."
+                f"Tensor {name!r} has shape {full_shape(ours)} in the reference and {full_shape(theirs)} in the policy."
             )
         if ours is theirs:
             raise TrimtabError(f"Tensor {name!r} is shared by reference and policy: the reference must be a copy.")
@@ -112,7 +112,8 @@ def write(tensor: Tensor, value: Tensor) -> None:
             tensor.copy_(value)
 
 
-def _shape(tensor: Tensor) -> list[int]:
+def full_shape(tensor: Tensor) -> list[int]:
+    """The shape of the whole tensor, of which this process may hold a part."""
     return list(getattr(tensor, "ds_shape", tensor.shape))
 
 
