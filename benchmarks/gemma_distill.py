@@ -108,7 +108,7 @@ def arms(setting: Setting) -> list[Arm]:
         arm("TRB 0.02", policy("TrustRegion", 0.02, quarter)),
         arm("fixed 0.1", policy("TrustRegion", 0.1, quarter, "constant")),
         arm("SKD", policy("SKD")),
-        arm("SFT warm-up", None, sft=True),
+        arm("SFT warm-up", policy("Vanilla"), sft=True),
     ]
 
 
@@ -172,24 +172,17 @@ def _warm_started(start: WarmStart) -> Any:
             log_q = log_probs(teacher(), rows)[rows.answer_mask]
         return kl(log_q, log_probs(made, rows)[rows.answer_mask]).mean()
 
-    _fit(made, loss, start.steps, start.learning_rate, lambda step: 1 - step / start.steps)
-    return made.eval()
-
-
-def _fit(
-    model: Any, loss: Callable[[int], Tensor], steps: int, learning_rate: float, share: Callable[[int], float]
-) -> None:
-    """AdamW on `loss(step)`, gradients clipped to norm 1; the rate of a step is its `share` of `learning_rate`."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
-    for step in range(steps):
+    optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], start.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / start.steps)
+    for step in range(start.steps):
         value = loss(step)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         schedule.step()
-        print(f"step {step + 1}/{steps}: {value.item():.3f} nats a token", flush=True)
+        print(f"warm start, step {step + 1}/{start.steps}: {value.item():.3f} nats a token", flush=True)
+    return made.eval()
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -234,7 +227,8 @@ def trainer(setting: Setting, made: Callable[[], Any] | None, out: str) -> Any:
     host: Any = DistillationTrainer
     config: Any = DistillationConfig
     if made is not None:
-        from trimtab.distill import TRBConfig, TRBTrainer
+        from trimtab.distill.config import TRBConfig
+        from trimtab.distill.trainer import TRBTrainer
 
         host, config = TRBTrainer, TRBConfig
     recorded: tuple[list[Any], list[Any]] = [], []
@@ -307,7 +301,7 @@ def _train(setting: Setting, made: Callable[[], Any] | None, sft: bool) -> dict[
         host = trainer(setting, made, out)
         before = time.perf_counter()
         if sft:
-            _sft_warmup(setting, host.model, host.train_dataset["prompt"])
+            _sft_warmup(setting, host, out)
         before = time.perf_counter() - before
         host.add_callback(measuring)
         host.train()
@@ -346,23 +340,29 @@ def _measure(setting: Setting, model: Any, when: str) -> dict[str, Figure]:
     return figures | ({"cross-entropy, the end": a_token(entropy, real)} if when == "the end" else {})
 
 
-def _sft_warmup(setting: Setting, model: Any, prompts: Sequence[str]) -> None:
-    """Cross-entropy on the teacher's own answers to `prompts`, for as many steps as the first quarter has."""
-    words = tokenizer()
+def _sft_warmup(setting: Setting, host: Any, out: str) -> None:
+    """As many updates on one teacher's answer to each prompt as the first quarter has steps, at the arms' own rate."""
+    from trl import SFTConfig
 
-    def loss(step: int) -> Tensor:
-        now = prompts[step * setting.rollouts : (step + 1) * setting.rollouts]
-        rows = sample(
-            teacher(),
-            words(now).input_ids,
-            [words.eos_token_id],
-            new_tokens=setting.new_tokens,
-            seed=setting.seed + step,
-        )
-        log_p = log_probs(model, rows).gather(-1, rows.answers[..., None])[..., 0]
-        return -log_p[rows.answer_mask].mean()
+    from trimtab.distill.sft_warmup import sft_warmup
 
-    _fit(model, loss, setting.quarter, setting.learning_rate, lambda step: 1.0)
+    args = SFTConfig(
+        f"{out}/sft",
+        per_device_train_batch_size=setting.rollouts,
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type="constant",
+        max_length=None,
+        seed=setting.seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+    )
+    sft_warmup(host, updates=setting.quarter, prompt_steps=setting.quarter, answers_per_prompt=1, args=args)
+    for kept in host.recorded:
+        kept.clear()  # the teacher's answers are no rollouts of the student's
 
 
 if __name__ == "__main__":
