@@ -388,12 +388,7 @@ CASES: dict[str, dict[str, Any]] = {
     "another stop": {"teacher": [5, 2], "stop_ids": StopIds((2,), (5, 2))},
     "several stops each": {"student": [2, 9], "teacher": [9, 5], "stop_ids": StopIds((2, 9), (9, 5))},
     "a padded student": {"size": (VOCAB + 6, VOCAB), "vocab_size": VOCAB},
-    "padded and another stop": {
-        "size": (VOCAB, VOCAB + 3),
-        "teacher": 5,
-        "stop_ids": StopIds((2,), (5,)),
-        "vocab_size": VOCAB,
-    },
+    "padded and another stop": {"size": (VOCAB, VOCAB + 3), "teacher": 5, "stop_ids": StopIds((2,), (5,)), "vocab_size": VOCAB},
 }
 
 
@@ -641,9 +636,7 @@ def test_the_teacher_is_away_while_the_student_writes(
 ) -> None:
     trainer = bed.trainer(offload_teacher=True, max_steps=2, **settings)
     found = []
-    monkeypatch.setattr(
-        trainer.teacher_model, "to", lambda to: found.append("cpu" if to == "cpu" else "device")
-    )  # a torch.device
+    monkeypatch.setattr(trainer.teacher_model, "to", lambda to: found.append("cpu" if to == "cpu" else "device"))  # a torch.device
     trainer.train()
     assert found == moves
     alone = bed.trainer(max_steps=2, **settings)
@@ -653,8 +646,7 @@ def test_the_teacher_is_away_while_the_student_writes(
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("hf_quantizer", "the teacher is quantised"), ("hf_device_map", "the teacher has a device_map")],
+    ("name", "reason"), [("hf_quantizer", "the teacher is quantised"), ("hf_device_map", "the teacher has a device_map")]
 )
 def test_a_teacher_that_cannot_be_moved(bed: Bed, name: str, reason: str) -> None:
     teacher = llama(1)
@@ -685,12 +677,7 @@ def test_the_teachers_view_of_what_the_student_writes_alone(
     bed: Bed, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = bed.trainer(
-        trust_region_epsilon=0.5,
-        trust_region_warmup_steps=1,
-        teacher_statistics="always",
-        temperature=1.3,
-        max_steps=2,
-        **settings,
+        trust_region_epsilon=0.5, trust_region_warmup_steps=1, teacher_statistics="always", temperature=1.3, max_steps=2, **settings
     )
     wanted: dict[str, float] = {}
     compute = trainer.compute_loss
@@ -700,9 +687,7 @@ def test_the_teachers_view_of_what_the_student_writes_alone(
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         length, counted = inputs["completion_ids"].shape[1], inputs["completion_mask"].bool()
         with torch.no_grad():
-            pair = [
-                m(ids, attention_mask=mask).logits[:, -length - 1 : -1] / 1.3 for m in (model, trainer.teacher_model)
-            ]
+            pair = [m(ids, attention_mask=mask).logits[:, -length - 1 : -1] / 1.3 for m in (model, trainer.teacher_model)]
             log_p, log_q = (x.log_softmax(-1)[counted] for x in canonicalise(*pair, trainer.comparison.stop_ids))
         tokens = inputs["completion_ids"][counted]
         wanted["teacher_log_prob"] = log_q.gather(-1, tokens.unsqueeze(-1)).mean().item()

@@ -90,9 +90,7 @@ def reverse_kl_of_hidden(
             with torch.no_grad():
                 theirs = teacher_head.logits(teacher_hidden[rows], weight).to(logits.device)
             ours, theirs = comparison.alike(student_head.finished(logits), theirs)
-            return reverse_kl(ours, theirs, estimator=comparison.estimator, k=comparison.k), entropy(
-                ours.detach().log_softmax(-1)
-            )
+            return reverse_kl(ours, theirs, estimator=comparison.estimator, k=comparison.k), entropy(ours.detach().log_softmax(-1))
 
         return _project(of_logits, student_hidden, student_head)
 

@@ -55,9 +55,7 @@ def sft_warmup(
     args = _settings(trainer) if args is None else args
     args.max_steps = updates
     answers = _teacher_answers(trainer, prompt_steps, answers_per_prompt)
-    return SFTTrainer(
-        trainer.model, args, Dataset.from_list(answers), processing_class=trainer.processing_class
-    ).train()
+    return SFTTrainer(trainer.model, args, Dataset.from_list(answers), processing_class=trainer.processing_class).train()
 
 
 def _teacher_answers(trainer: TRBTrainer, steps: int, each: int) -> list[dict[str, list[int]]]:

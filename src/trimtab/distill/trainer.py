@@ -201,9 +201,7 @@ class TRBTrainer(DistillationTrainer):
         if self.comparison.estimator != "full" and self.comparison.k > size:
             raise TrimtabError(f"loss_top_k={self.comparison.k} must be at most {size}, the size of the vocabulary.")
         if tokens > size:
-            raise TrimtabError(
-                f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for."
-            )
+            raise TrimtabError(f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for.")
 
     def _suppress(self) -> None:
         """The student alone must not write what is no token of both models, or stops the teacher only."""
@@ -365,11 +363,7 @@ class TRBTrainer(DistillationTrainer):
                 teacher_head = Head.of(teacher)
             total, entropy = reverse_kl_of_hidden(hidden, Head.of(student), theirs, teacher_head, self.comparison)
         tokens = counted.sum()
-        return (
-            total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
-            entropy.sum(),
-            tokens,
-        )
+        return total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy.sum(), tokens
 
     # -- the teacher's view of rollouts, and logs --------------------------------------------------
 
