@@ -298,11 +298,10 @@ def _untrained(setting: Setting) -> dict[str, Figure]:
 def _train(setting: Setting, made: Callable[[], Any] | None, sft: bool) -> dict[str, Figure]:
     measuring = Measuring(setting)
     with tempfile.TemporaryDirectory() as out:
-        settings = _sft_settings(setting, out) if sft else None
         host = trainer(setting, made, out)
         before = time.perf_counter()
-        if settings is not None:
-            _sft_warmup(setting, host, settings)
+        if sft:
+            _sft_warmup(setting, host)
         before = time.perf_counter() - before
         host.add_callback(measuring)
         host.train()
@@ -341,31 +340,17 @@ def _measure(setting: Setting, model: Any, when: str) -> dict[str, Figure]:
     return figures | ({"cross-entropy, the end": a_token(entropy, real)} if when == "the end" else {})
 
 
-def _sft_settings(setting: Setting, out: str) -> Any:
-    """At the arms' own rate. Made before the trainer is: new arguments of transformers reset accelerate's state."""
-    from trl import SFTConfig
-
-    return SFTConfig(
-        f"{out}/sft",
-        per_device_train_batch_size=setting.rollouts,
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="constant",
-        max_length=None,
-        seed=setting.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
-    )
-
-
-def _sft_warmup(setting: Setting, host: Any, settings: Any) -> None:
-    """As many updates on one teacher's answer to each prompt as the first quarter has steps."""
+def _sft_warmup(setting: Setting, host: Any) -> None:
+    """As many updates on one teacher's answer to each prompt as the first quarter has steps, at the arms' own rate."""
     from trimtab.distill.sft_warmup import sft_warmup
 
-    sft_warmup(host, updates=setting.quarter, prompt_steps=setting.quarter, answers_per_prompt=1, args=settings)
+    sft_warmup(
+        host,
+        updates=setting.quarter,
+        prompt_steps=setting.quarter,
+        answers_per_prompt=1,
+        settings={"learning_rate": setting.learning_rate, "lr_scheduler_type": "constant", "warmup_steps": 0.0},
+    )
     for kept in host.recorded:
         kept.clear()  # the teacher's answers are no rollouts of the student's
 
