@@ -24,7 +24,7 @@ SCRIPTS = (
     "sae_methods",
     "kron_claims",
 )
-LONG = ("sae_rates", "gemma_dictionaries", "gpu", "gpu_trust_region")
+LONG = ("sae_rates", "gemma_dictionaries", "gemma_align", "gemma_distill", "gpu", "gpu_trust_region")
 """Run only when named: they take long, or a GPU."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from trimtab.core.errors import TrimtabError
-from trimtab.core.simplex import entropy, kl
+from trimtab.core.simplex import entropy, kl, trust_region_blend
 from trimtab.distill.eos import StopIds, canonicalise
 from trimtab.distill.functional import topk_statistics
 from trimtab.distill.processor import RECORDS, TeacherGuided, TrustRegionBlend, generate_guided
@@ -272,6 +272,23 @@ def test_in_plain_generate_with_nothing_but_a_list_of_processors() -> None:
     assert bare.records()["teacher_log_prob"][:, -1].isnan().all()
     bare.finish(ids)
     torch.testing.assert_close(bare.records(), guided.records(), equal_nan=True)
+
+
+def test_scores_that_generate_returns_are_log_mu() -> None:
+    student, teacher, inputs = llama(1), llama(2), prompts((4, 4))
+    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS)
+    torch.manual_seed(3)
+    output = generate_guided(student, inputs, processor, config(2, return_dict_in_generate=True, output_scores=True))
+    torch.manual_seed(3)
+    assert output.sequences.equal(
+        generate_guided(student, inputs, TrustRegionBlend(teacher, 0.3, stop_ids=STOPS), config(2))
+    )
+    with torch.no_grad():
+        ours, theirs = canonicalise(*(m(**inputs).logits[:, -1] for m in (student, teacher)), STOPS)
+    log_mu, beta, _ = trust_region_blend(ours, theirs, 0.3)
+    torch.testing.assert_close(output.scores[0], log_mu, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(processor.records()["blend_weight"][:, 0], beta, rtol=1e-4, atol=1e-4)
+    assert processor.records()["teacher_log_prob"][:, 0].isfinite().all()
 
 
 def test_a_teacher_of_half_precision_is_blended_in_float32() -> None:
