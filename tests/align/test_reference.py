@@ -189,6 +189,41 @@ def test_the_first_reference_of_an_adapter_that_was_trained_is_its_copy() -> Non
     assert torch.equal(logits(model, "ref"), logits(model))
 
 
+@pytest.mark.parametrize("kind", ["factors", "exact"])
+def test_a_reference_that_is_there_stays_as_it_is(kind: str) -> None:
+    model = lora()
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=TARGETS))
+    perturb(model, 1, "default")
+    perturb(model, 2, "ref")
+    before = logits(model, "ref")
+    TrustRegionReference.soft(0.4, lora=kind).bind(model)
+    torch.testing.assert_close(logits(model, "ref"), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_reference_takes_nothing_out_of_the_base(init: str) -> None:
+    """These begin an adapter by a decomposition of the base's weights, which they change."""
+    model = lora(init_lora_weights=init)
+    before = logits(model)
+    TrustRegionReference.hard(1).bind(model)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model, "ref"), before)
+
+
+@pytest.mark.parametrize("then", ["factors", "exact"])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_second_run_forgets_the_dense_average_of_the_first(then: str, deleted: bool) -> None:
+    model = lora()
+    first = TrustRegionReference.soft(0.4, lora="exact")
+    first.bind(model)
+    perturb(model, 1, "default")
+    first.update(1, 1)
+    if deleted:
+        model.delete_adapter("ref")
+    TrustRegionReference.soft(0.4, lora=then).bind(model)
+    torch.testing.assert_close(logits(model, "ref"), logits(model), atol=1e-5, rtol=1e-5)
+
+
 def test_a_hard_update_copies_the_factors_alone() -> None:
     model = lora()
     reference = TrustRegionReference.hard(1)
