@@ -326,7 +326,7 @@ class FakeZero:
         for index, tensor in enumerate(module.parameters()):
             tensor.ds_id, tensor.ds_shape = index, tensor.shape  # type: ignore[attr-defined]
             self.whole[tensor] = tensor.detach().clone()
-            tensor.data = torch.empty(0)
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
         return module
 
     @contextmanager
@@ -339,7 +339,7 @@ class FakeZero:
         for tensor in tensors:
             if self.rank == 0:
                 self.whole[tensor] = tensor.detach().clone()
-            tensor.data = torch.empty(0)
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -373,6 +373,29 @@ def test_partitions_of_both_models_are_gathered_and_the_first_process_writes(
         other.bind(policy, again)
         other.load(tmp_path / FILE)
         assert all(torch.allclose(fake.whole[t], expected[n]) for n, t in again.named_parameters())
+
+
+def test_a_bfloat16_reference_in_partitions_goes_on_from_its_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake, module = FakeZero(0), types.ModuleType("deepspeed")
+    module.zero = fake  # type: ignore[attr-defined]
+    module.comm = types.SimpleNamespace(get_rank=lambda: 0)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed", module)
+    policy = fake.partition(llama(0).bfloat16())
+    found = []
+    for seed in (1, 2):
+        reference = TrustRegionReference.soft(0.25)
+        reference.bind(policy, fake.partition(llama(seed).bfloat16()))
+        if seed == 2:
+            reference.load(tmp_path / FILE)
+        else:
+            reference.update(1, 2)
+            reference.save(tmp_path / FILE)
+        reference.update(2, 2)
+        found.append(reference._masters)
+    assert len(found[0]) > 0
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -486,6 +509,10 @@ def test_a_reference_that_is_the_policy_is_refused() -> None:
     policy = llama()
     with pytest.raises(TrimtabError, match="must be a copy"):
         TrustRegionReference.hard(1).bind(policy, policy)
+    model = llama(1)
+    model.model.norm.weight.data = policy.model.norm.weight.data
+    with pytest.raises(TrimtabError, match=r"'model.norm.weight' is shared"):
+        TrustRegionReference.hard(1).bind(policy, model)
 
 
 def test_nothing_to_follow_is_refused() -> None:
