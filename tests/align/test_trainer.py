@@ -35,6 +35,7 @@ from trimtab.align import (
     TrustRegionReference,
     UpdateSchedule,
 )
+from trimtab.align.functional import dpo_loss, ipo_loss, kto_loss
 from trimtab.align.measures import reward_kl_curve
 from trimtab.align.reference import FILE
 from trimtab.core.errors import TrimtabError
@@ -206,6 +207,65 @@ def test_there_the_gradient_is_that_of_an_unanchored_push(tmp_path: Path) -> Non
     expected = torch.autograd.grad(-0.3 / 2 * (chosen - rejected).mean(), parameters)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
+
+
+# -- what a batch looks like does not matter ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_order_and_padding_do_not_matter(loss: str, tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, TrustRegionReference.hard(3), loss_type=loss)
+    trainer.train()  # away from the reference
+    batch = dict(next(iter(trainer.get_train_dataloader())).items())
+    expected = trainer.compute_loss(trainer.model, batch).detach()
+    assert float(expected) != pytest.approx(math.log(2) if loss == "sigmoid" else (1 / 0.6) ** 2, rel=1e-3)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {name: tensor[torch.cat([order, order + 4])] for name, tensor in batch.items()}
+    padding = {"input_ids": TOKENIZER.pad_token_id, "attention_mask": 0, "completion_mask": 0}
+    padded = {name: torch.nn.functional.pad(tensor, (0, 5), value=padding[name]) for name, tensor in batch.items()}
+    for other in (shuffled, padded):
+        found = trainer.compute_loss(trainer.model, other).detach()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_losses_are_the_formulas_on_sums_over_completions(loss: str, tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, TrustRegionReference.hard(3), loss_type=loss)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    mask = batch["completion_mask"][:, 1:]
+
+    @torch.no_grad()
+    def log_probs(which: Any) -> Tensor:
+        logits = which(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return (logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1) * mask).sum(-1)
+
+    chosen, rejected = (log_probs(trainer.model) - log_probs(trainer.ref_model)).chunk(2)
+    lengths = mask.sum(-1).chunk(2)
+    expected = {
+        "sigmoid": dpo_loss(chosen, rejected, beta=0.3),
+        "ipo": ipo_loss(chosen, rejected, beta=0.3, chosen_length=lengths[0], rejected_length=lengths[1]),
+    }[loss]
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_so_is_ktos(tmp_path: Path) -> None:
+    trainer = kto(tmp_path, TrustRegionReference.hard(3))
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    mean = trainer.compute_loss(trainer.model, batch)
+    z = torch.tensor(trainer._metrics["train"]["kl"][-1])
+
+    @torch.no_grad()
+    def log_probs(which: Any) -> Tensor:
+        logits = which(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        picked = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        return (picked * batch["completion_mask"][:, 1:]).sum(-1)
+
+    d = log_probs(trainer.model) - log_probs(trainer.ref_model)
+    expected = kto_loss(d, torch.as_tensor(batch["label"]), z, beta=0.3).mean()
+    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+    assert float(expected) != pytest.approx(0.5, rel=1e-3)
 
 
 # -- in the loop -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from trimtab.align.weights import Pair, named_tensors, pairs_by_name
@@ -101,7 +102,10 @@ class DenseDelta:
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         layer = self.layer
-        return layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float(), layer.scaling[adapter]
+        B, A = (factor[adapter].weight for factor in (layer.lora_B, layer.lora_A))
+        # The average is whole on each process, and the factors of a sharded policy are small.
+        B, A = (factor.full_tensor() if isinstance(factor, DTensor) else factor for factor in (B, A))
+        return B.float(), A.float(), layer.scaling[adapter]
 
     def _add(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if layer.disable_adapters or list(layer.active_adapters) != [REFERENCE_ADAPTER]:

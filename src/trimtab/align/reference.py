@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trimtab.align.adapters import DenseDelta, adapter_pairs, add_reference_adapter, dense_deltas
 from trimtab.align.functional import trust_region_lerp_
@@ -248,12 +249,13 @@ class TrustRegionReference:
 
     @torch.no_grad()
     def distance(self) -> float:
-        """|theta - theta_ref| over all that the policy trains, in the weights of this process."""
-        total = torch.zeros(())
+        """|theta - theta_ref| over all that the policy trains; with shards, every process takes part."""
+        total = sum(delta.distance_squared() for delta in self._deltas)
         for pair in self._pairs():
-            _, ours, theirs = local_pair(pair)
-            total += (ours.float() - theirs.float()).square().sum().cpu()
-        return math.sqrt(float(total) + sum(delta.distance_squared() for delta in self._deltas))
+            local_pair(pair)  # else shards of two layouts would be sent around
+            squares = (pair.reference.float() - pair.policy.float()).square().sum()
+            total += float(squares.full_tensor() if isinstance(squares, DTensor) else squares)
+        return math.sqrt(total)
 
     def _held(self) -> dict[str, Tensor]:
         """All that is the reference's own, by name."""

@@ -39,11 +39,12 @@ class TrustRegionMixin:
     `reference` says when and how far; None takes TRL's own `ref_model_mixup_alpha` and `ref_model_sync_steps` of
     `args`, by default 0.6 every 512 steps. All else is as in the trainer that it is mixed into.
 
-    The reference is saved in each checkpoint and resumed exactly. Logged beside what TRL logs: `reference/updates`,
-    `reference/steps_since_update`, `reference/policy_weight` of the last update, `reference/log_ratio` (mean over
-    completions of log pi - log ref, from TRL's rewards) and, with `reference.measure`, on the last batch:
-    `reference/kl_current`, `kl_initial` (nats per token), `margin_current`, `margin_initial` (nats), `flips_initial`
-    and `distance` (see `trimtab.align.measures`).
+    The reference is saved in each checkpoint and resumed exactly; `save_model` leaves the adapter "ref" out, which
+    `model.save_pretrained` would write into a folder "ref" beside the policy's. Logged beside what TRL logs:
+    `reference/updates`, `reference/steps_since_update`, `reference/policy_weight` of the last update,
+    `reference/log_ratio` (mean over completions of log pi - log ref, from TRL's rewards) and, with `reference.measure`,
+    on the last batch: `reference/kl_current`, `kl_initial` (nats per token), `margin_current`, `margin_initial` (nats),
+    `flips_initial` and `distance` (see `trimtab.align.measures`).
 
     Raises `TrimtabError` where a reference cannot move: precomputed log-probabilities, no reference in the objective,
     models of different structure, and adapters of which there is no second one. `sync_ref_model=True`, TRL's own
@@ -116,7 +117,7 @@ class TrustRegionMixin:
 
     def _margins(self) -> list[float]:
         """The margins of TRL's rewards in the micro-batches since its last log."""
-        return self._metrics["train"].get("rewards/margins", [])  # type: ignore[attr-defined, no-any-return]
+        return self._metrics["train"].get("rewards/margins", [])  # type: ignore[attr-defined]
 
     def _margin(self) -> float:
         """Mean h over the step's micro-batches in nats; nan if none has pairs, or both kinds of completions."""
@@ -229,8 +230,8 @@ def _refuse_adapter(model: Any) -> None:
         init = getattr(config, "init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_DECOMPOSING):
             raise TrimtabError(
-                f"init_lora_weights={init!r} takes the adapter out of the base's weights, and TRL's copy of the adapter "
-                "would do so again: give the trainer the base model and peft_config."
+                f"init_lora_weights={init!r} takes the adapter out of the base's weights, and TRL's copy of the "
+                "adapter would do so again: give the trainer the base model and peft_config."
             )
 
 
