@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import (
@@ -35,6 +35,7 @@ from trimtab.align import (
     TrustRegionReference,
     UpdateSchedule,
 )
+from trimtab.align.functional import dpo_loss, ipo_loss, kto_loss
 from trimtab.align.measures import reward_kl_curve
 from trimtab.align.reference import FILE
 from trimtab.core.errors import TrimtabError
@@ -208,6 +209,65 @@ def test_there_the_gradient_is_that_of_an_unanchored_push(tmp_path: Path) -> Non
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
 
 
+# -- what a batch looks like does not matter ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_order_and_padding_do_not_matter(loss: str, tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, TrustRegionReference.hard(3), loss_type=loss)
+    trainer.train()  # away from the reference
+    batch = dict(next(iter(trainer.get_train_dataloader())).items())
+    expected = trainer.compute_loss(trainer.model, batch).detach()
+    assert float(expected) != pytest.approx(math.log(2) if loss == "sigmoid" else (1 / 0.6) ** 2, rel=1e-3)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {name: tensor[torch.cat([order, order + 4])] for name, tensor in batch.items()}
+    padding = {"input_ids": TOKENIZER.pad_token_id, "attention_mask": 0, "completion_mask": 0}
+    padded = {name: torch.nn.functional.pad(tensor, (0, 5), value=padding[name]) for name, tensor in batch.items()}
+    for other in (shuffled, padded):
+        found = trainer.compute_loss(trainer.model, other).detach()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_losses_are_the_formulas_on_sums_over_completions(loss: str, tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, TrustRegionReference.hard(3), loss_type=loss)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    mask = batch["completion_mask"][:, 1:]
+
+    @torch.no_grad()
+    def log_probs(which: Any) -> Tensor:
+        logits = which(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return (logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1) * mask).sum(-1)
+
+    chosen, rejected = (log_probs(trainer.model) - log_probs(trainer.ref_model)).chunk(2)
+    lengths = mask.sum(-1).chunk(2)
+    expected = {
+        "sigmoid": dpo_loss(chosen, rejected, beta=0.3),
+        "ipo": ipo_loss(chosen, rejected, beta=0.3, chosen_length=lengths[0], rejected_length=lengths[1]),
+    }[loss]
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_so_is_ktos(tmp_path: Path) -> None:
+    trainer = kto(tmp_path, TrustRegionReference.hard(3))
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    mean = trainer.compute_loss(trainer.model, batch)
+    z = torch.tensor(trainer._metrics["train"]["kl"][-1])
+
+    @torch.no_grad()
+    def log_probs(which: Any) -> Tensor:
+        logits = which(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        picked = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        return (picked * batch["completion_mask"][:, 1:]).sum(-1)
+
+    d = log_probs(trainer.model) - log_probs(trainer.ref_model)
+    expected = kto_loss(d, torch.as_tensor(batch["label"]), z, beta=0.3).mean()
+    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+    assert float(expected) != pytest.approx(0.5, rel=1e-3)
+
+
 # -- in the loop -----------------------------------------------------------------------------------
 
 
@@ -264,6 +324,43 @@ def test_a_margin_holds_updates_back(tmp_path: Path) -> None:
     trainer = dpo(tmp_path, TrustRegionReference(UpdateSchedule(alpha=1, tau=1, margin_threshold=1e-6)))
     trainer.train()
     assert 1 <= trainer.reference.n_updates < 4  # at the first step the margin is 0
+
+
+def test_the_margin_is_that_of_all_micro_batches_of_a_step(tmp_path: Path) -> None:
+    options = {"train_sampling_strategy": "sequential", "max_steps": 3, "logging_steps": 2}
+    whole = dpo(tmp_path, TrustRegionReference.hard(3), **options)
+    parts = dpo(
+        tmp_path,
+        TrustRegionReference.hard(3),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        **options,
+    )
+    found: dict[str, list[float]] = {"whole": [], "parts": []}
+    for name, trainer in (("whole", whole), ("parts", parts)):
+        update = trainer.reference.update
+
+        def watch(step: int, total: int, margin: float, name: str = name, update: Any = update) -> bool:
+            found[name].append(margin)
+            return update(step, total, margin)
+
+        trainer.reference.update = watch
+        trainer.train()
+    assert found["whole"][2] > 0.01
+    assert found["parts"] == pytest.approx(found["whole"], rel=1e-3, abs=1e-6)
+
+
+def test_an_unknown_margin_holds_updates_back(tmp_path: Path) -> None:
+    schedule = UpdateSchedule(alpha=1, tau=1, margin_threshold=-1e9)
+    trainer = TRKTOTrainer(
+        model(),
+        args=settings(KTOConfig, tmp_path, max_steps=2),
+        train_dataset=RATED.filter(lambda row: row["label"]),
+        processing_class=TOKENIZER,
+        reference=TrustRegionReference(schedule),
+    )
+    trainer.train()
+    assert trainer.reference.n_updates == 0
 
 
 def test_conversations_by_a_chat_template(tmp_path: Path) -> None:
@@ -343,12 +440,20 @@ def test_what_is_saved_is_the_policy_alone(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "out"))
     assert "ref" in trainer.model.peft_config
     assert not (tmp_path / "out" / "ref").exists()
+    assert not any(".ref." in name for name in load_file(tmp_path / "out" / "adapter_model.safetensors"))
     from peft import PeftModel
 
     loaded = PeftModel.from_pretrained(model(), tmp_path / "out")
     ids = torch.arange(5).view(1, 5)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_a_checkpoint_of_the_model_alone_has_no_reference(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    dpo(tmp_path, TrustRegionReference.hard(1), max_steps=1, **options).train()
+    assert (tmp_path / "checkpoint-1").exists()
+    assert not (tmp_path / "checkpoint-1" / FILE).exists()
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
@@ -395,7 +500,7 @@ def test_measured_logs_agree_with_a_count_by_hand(peft: bool, tmp_path: Path) ->
     assert log["reference/margin_current"] < log["reference/margin_initial"]
     assert log["reference/distance"] > 0
     curve = reward_kl_curve(trainer.state.log_history)
-    assert [step for step, _, _ in curve][:4] == [1, 2, 3, 4]
+    assert [step for step, _, _ in curve] == [1, 2, 3, 4]
     assert curve[3][1:] == (log["reference/kl_initial"], log["reference/margin_initial"])
 
 
@@ -432,6 +537,38 @@ def test_trls_own_update_is_switched_off_with_a_warning(peft: bool, tmp_path: Pa
     trainer.train()
     assert trainer.reference.n_updates == 1
     assert not any(type(each).__name__ == "SyncRefModelCallback" for each in trainer.callback_handler.callbacks)
+
+
+def test_adapters_that_trl_would_copy_wrongly_are_refused(tmp_path: Path) -> None:
+    def begin(adapted: Any) -> None:
+        args = settings(DPOConfig, tmp_path)
+        TRDPOTrainer(adapted, args=args, train_dataset=PAIRS, processing_class=TOKENIZER)
+
+    with pytest.raises(TrimtabError, match="init_lora_weights='pissa' takes the adapter out of the base"):
+        begin(get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")))
+    twice = get_peft_model(model(), ADAPTER)
+    twice.add_adapter("ref", ADAPTER)
+    with pytest.raises(TrimtabError, match="delete_adapter"):
+        begin(twice)
+
+
+def test_an_online_trainer_has_no_margin_to_wait_for(tmp_path: Path) -> None:
+    args = settings(GRPOConfig, tmp_path, num_generations=2)
+    reference = TrustRegionReference(UpdateSchedule(alpha=1, tau=1, margin_threshold=1.0))
+    with pytest.raises(TrimtabError, match="margin_threshold is for preference trainers"):
+        TRGRPOTrainer(
+            model(),
+            reward_funcs=len,
+            args=args,
+            train_dataset=PAIRS,
+            processing_class=copy.deepcopy(TOKENIZER),
+            reference=reference,
+        )
+
+
+def test_grpo_without_settings_has_no_divergence() -> None:
+    with pytest.raises(TrimtabError, match="no KL term"):
+        TRGRPOTrainer(model(), reward_funcs=len, train_dataset=PAIRS, processing_class=TOKENIZER)
 
 
 @pytest.mark.parametrize(("trainer", "config"), [(TRGRPOTrainer, GRPOConfig), (TRRLOOTrainer, RLOOConfig)])

@@ -35,8 +35,7 @@ if kind == "kto":
 trainer, config = {"dpo": (TRDPOTrainer, DPOConfig), "kto": (TRKTOTrainer, KTOConfig)}[kind]
 options = dict(max_steps=4, per_device_train_batch_size=8 // processes, learning_rate=0.1, optim="sgd", beta=0.3,
                use_cpu=True, bf16=False, report_to="none", logging_steps=1, gradient_checkpointing=False,
-               save_strategy="steps", save_steps=2,
-               disable_tqdm=True, train_sampling_strategy="sequential")
+               save_strategy="steps", save_steps=2, disable_tqdm=True, train_sampling_strategy="sequential")
 made = trainer(
     AutoModelForCausalLM.from_pretrained(folder), args=config(str(out / "run"), **options),
     train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(folder),
@@ -59,7 +58,7 @@ import sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from trimtab.align import TrustRegionReference, UpdateSchedule
@@ -88,10 +87,13 @@ mesh = init_device_mesh("cpu", (2,))
 for alpha, dtype in ((1.0, torch.float32), (0.25, torch.float32), (0.25, torch.bfloat16)):
     policy, model = llama(0), llama(1, dtype)
     expected = {name: tensor.float().clone() for name, tensor in model.named_parameters()}
+    start, whole = list(expected.values()), llama(0)
     for name, tensor in policy.named_parameters():
         expected[name] = tensor.detach().clone() if alpha == 1 else expected[name].lerp(tensor.detach(), alpha)
     reference = TrustRegionReference(UpdateSchedule(alpha=alpha, tau=1))
     reference.bind(sharded(policy, mesh), sharded(model, mesh))
+    before = sum((first - now.detach()).square().sum() for first, now in zip(start, whole.parameters())) ** 0.5
+    assert abs(reference.distance() - before) < 1e-3 * before
     with NothingIsSent():
         assert reference.update(1, 1)
     for name, tensor in model.named_parameters():
@@ -110,6 +112,38 @@ for alpha, dtype in ((1.0, torch.float32), (0.25, torch.float32), (0.25, torch.b
         each.update(1, 1)
     for (name, tensor), mine in zip(other.named_parameters(), model.parameters()):
         assert torch.equal(tensor.to_local(), mine.to_local()), name
+# The dense average of a sharded LoRA policy is whole on each process.
+from peft import LoraConfig, get_peft_model
+
+def adapted():
+    model = get_peft_model(llama(0), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    reference = TrustRegionReference.soft(0.25, lora="exact")
+    reference.bind(model)
+    return model, reference
+
+def perturbed(model):
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.named_parameters():
+        if ".default." in name:
+            noise = torch.randn(tensor.shape, generator=generator)
+            if isinstance(tensor, DTensor):
+                noise = distribute_tensor(noise, mesh, tensor.placements)
+            tensor.data.add_(noise)
+
+(one, following), (two, of_shards) = adapted(), adapted()
+for layer in two.base_model.model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(two, mesh=mesh)
+assert any(isinstance(tensor, DTensor) for name, tensor in two.named_parameters() if ".default." in name)
+perturbed(one), perturbed(two)
+following.update(1, 1), of_shards.update(1, 1)
+assert following.distance() > 0.1
+assert abs(following.distance() - of_shards.distance()) < 1e-4
+ids = torch.arange(6)[None]
+one.set_adapter("ref"), two.set_adapter("ref")
+with torch.no_grad():
+    torch.testing.assert_close(two(input_ids=ids).logits, one(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
 try:
     mixed = TrustRegionReference.hard(1)
     mixed.bind(policy, llama(3))

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trimtab.align.adapters import DenseDelta, adapter_pairs, add_reference_adapter, dense_deltas
 from trimtab.align.functional import trust_region_lerp_
@@ -185,11 +186,14 @@ class TrustRegionReference:
 
     def save(self, path: str | Path, *, writes: bool = True) -> None:
         """Write the reference and its count of updates to `path`; every process of a run calls it, one `writes`."""
-        tensors = {name: whole(tensor) for name, tensor in self._held().items()}
-        tensors |= {name: whole(master) for name, master in self._masters.items()}
-        counts = {name: str(getattr(self, name)) for name in _COUNTS}
+        tensors = {}
+        for name, tensor in (self._held() | self._masters).items():
+            value = whole(tensor, keep=writes)
+            if value is not None:
+                tensors[name] = value
         if writes:
-            write_file(Path(path), to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, counts))
+            counts = {name: str(getattr(self, name)) for name in _COUNTS}
+            write_file(Path(path), to_bytes(tensors, counts))
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` wrote.
@@ -212,8 +216,10 @@ class TrustRegionReference:
                         raise TrimtabError(f"{path} is no reference of this policy: {name!r} has shape {shapes}.")
                     write(tensor, value)
                     if tensor.dtype in _HALVES and value.dtype == torch.float32:
-                        self._masters[name] = tensor.float()
-                        write(self._masters[name], value)
+                        with gathered([tensor]) as mine:
+                            if mine:
+                                self._masters[name] = tensor.float()
+                                write(self._masters[name], value)
         except FileNotFoundError as error:
             raise TrimtabError(
                 f"{path} is missing: the checkpoint holds no reference that moved, and to begin anew from the initial "
@@ -227,25 +233,29 @@ class TrustRegionReference:
     @contextlib.contextmanager
     def as_at_first(self) -> Iterator[None]:
         """The initial reference in the place of the current one, which comes back at the end."""
-        held = self._held()
-        current = {name: tensor.detach().clone() for name, tensor in held.items()}
-        with torch.no_grad():
-            try:
-                for name, tensor in held.items():
-                    tensor.copy_(self._initial[name])
-                yield
-            finally:
-                for name, tensor in held.items():
-                    tensor.copy_(current[name])
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the current reference and the initial one, at the memory of one tensor."""
+        for name, tensor in self._held().items():
+            current = tensor.clone()
+            tensor.copy_(self._initial[name])
+            self._initial[name].copy_(current)
 
     @torch.no_grad()
     def distance(self) -> float:
-        """|theta - theta_ref| over all that the policy trains, in the weights of this process."""
-        total = torch.zeros(())
+        """|theta - theta_ref| over all that the policy trains; with shards, every process takes part."""
+        total = sum(delta.distance_squared() for delta in self._deltas)
         for pair in self._pairs():
-            _, ours, theirs = local_pair(pair)
-            total += (ours.float() - theirs.float()).square().sum().cpu()
-        return math.sqrt(float(total) + sum(delta.distance_squared() for delta in self._deltas))
+            local_pair(pair)  # else shards of two layouts would be sent around
+            squares = (pair.reference.float() - pair.policy.float()).square().sum()
+            total += float(squares.full_tensor() if isinstance(squares, DTensor) else squares)
+        return math.sqrt(total)
 
     def _held(self) -> dict[str, Tensor]:
         """All that is the reference's own, by name."""
