@@ -109,6 +109,9 @@ class TrustRegionMixin:
         # The adapter "ref" is state of the training, and not what it made.
         adapters = getattr(self.model, "peft_config", {})  # type: ignore[attr-defined]
         hidden = adapters.pop(REFERENCE_ADAPTER, None)
+        if hidden is not None:  # PEFT tells an adapter's tensors from others' by the adapters that it knows
+            weights = self.model.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
+            state_dict = {n: w for n, w in weights.items() if f".{REFERENCE_ADAPTER}." not in n}
         try:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
