@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import gpu, kernels, measure, sae_methods, sae_rates, sae_training, trust_region
+from benchmarks import gpu, kernels, measure, sae_methods, sae_rates, sae_training, trb_rollout, trust_region
 from benchmarks.measure import Row, Target, Times
 from benchmarks.sae_arms import Setting
 
 from trimtab.core.simplex import trust_region_blend
+from trimtab.distill.eos import StopIds
+from trimtab.distill.processor import TrustRegionBlend
 
 ROW = Row(name="speed", unit="tokens/s", ours=300.0, peer=200.0, repeats=3, cpu_seconds=2.0, wall_seconds=1.0)
 
@@ -117,6 +119,28 @@ def test_sparsify_is_held_against_our_best_rate() -> None:
     assert rows["both with Adam at 0.0032"].peer == 1.0
     assert rows["ours at 0.0128, sparsify at 0.005"].ours == 0.2
     assert rows["ours at 0.0128, sparsify at 0.005"].peer == 2.0
+
+
+def test_steps_of_whole_models_are_carried_on_from_few_blocks() -> None:
+    assert trb_rollout.whole_step(5.0, 7.0, blocks=1) == 5.0
+    assert trb_rollout.whole_step(5.0, 7.0, blocks=3) == 7.0
+    assert trb_rollout.whole_step(5.0, 7.0, blocks=28) == 32.0
+
+
+def test_what_is_timed_of_rollouts_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trb_rollout, "REPEATS", 1)
+    student, teacher = trb_rollout.qwen(2, 16, 16, 40, 8), trb_rollout.qwen(1, 16, 16, 40, 8)
+    trb_rollout.keep_blocks(student, 1)
+    row = trb_rollout.rollout_row("tiny", student, teacher, StopIds((3,), (4, 3)))
+    assert row.ours > 0
+    assert row.peer is not None
+    student_logits, teacher_logits = trust_region.logits(trb_rollout.ROWS, 40)
+    teacher = trb_rollout.FixedLogits(teacher_logits)
+    prompts = torch.ones(trb_rollout.ROWS, 1, dtype=torch.long)
+    log_mu = TrustRegionBlend(teacher, 0.1)(prompts, student_logits)
+    torch.testing.assert_close(log_mu, trust_region_blend(student_logits, teacher_logits, 0.1)[0])
+    step = trb_rollout.decoding_step(student)
+    assert step().shape == step().shape == (trb_rollout.ROWS, 1, 40)
 
 
 def test_peak_memory_is_that_of_the_call() -> None:

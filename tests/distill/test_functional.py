@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from trimtab.core.errors import TrimtabError
+from trimtab.core.simplex import kl
 from trimtab.distill.functional import reverse_kl, reverse_kl_from_statistics, topk_statistics
 
 TRUNCATED = ("topk_renorm", "topk_tail", "topk_pg")
@@ -102,6 +103,20 @@ def test_gradient_of_the_whole_is_p_times_what_exceeds_the_mean() -> None:
     log_p, log_q = (student / 0.5).log_softmax(-1), (teacher / 0.5).log_softmax(-1)
     expected = log_p.exp() * (log_p - log_q - value.unsqueeze(-1)) / 0.5
     torch.testing.assert_close(gradient(value, student), expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_the_whole_is_cores_divergence_and_autograds_gradient() -> None:
+    student, teacher = pair(6, dtype=torch.float32)
+    masked = torch.tensor([2, 3])
+    logits = student.index_fill(-1, masked, -torch.inf), teacher.detach().index_fill(-1, masked[:1], -torch.inf)
+    reference = kl(*((x / 0.5).log_softmax(-1) for x in logits))
+    value = reverse_kl(*logits, temperature=0.5)
+    torch.testing.assert_close(value, reference)
+    weights = torch.arange(1.0, 7.0)
+    slopes = [torch.autograd.grad((weights * x).sum(), student, retain_graph=True)[0] for x in (value, reference)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert reverse_kl(*logits, temperature=0.5).equal(value)
 
 
 def test_gradient_of_the_surrogate_is_the_policy_gradient() -> None:

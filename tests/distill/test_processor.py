@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from trimtab.core.errors import TrimtabError
-from trimtab.core.simplex import entropy, kl
+from trimtab.core.simplex import entropy, kl, trust_region_blend
 from trimtab.distill.eos import StopIds, canonicalise
 from trimtab.distill.functional import topk_statistics
 from trimtab.distill.processor import RECORDS, TeacherGuided, TrustRegionBlend, generate_guided
 from trimtab.distill.rollouts import (
     SKD,
+    Behaviour,
     RolloutPolicy,
     TeacherMixture,
     TeacherOnly,
@@ -212,6 +213,53 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_tokenizer() -> None:
         generate_guided(student, inputs, TrustRegionBlend(teacher, 0.3), config())
 
 
+def test_several_samples_of_a_prompt_share_its_mask() -> None:
+    student, teacher, inputs = llama(1), llama(2), prompts((3, 6))
+    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS)
+    torch.manual_seed(3)
+    ids = generate_guided(student, inputs, processor, config(do_sample=True, num_return_sequences=3))
+    torch.manual_seed(3)
+    repeated = {name: x.repeat_interleave(3, dim=0) for name, x in inputs.items()}
+    assert ids.equal(uncached(student, teacher, TrustRegion(0.3, schedule="constant"), repeated)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks
+def test_a_teacher_with_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    student, teacher, inputs = llama(1), llama(2), prompts()
+    adapted = get_peft_model(teacher, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    torch.manual_seed(3)
+    ids = generate_guided(student, inputs, TrustRegionBlend(adapted, 0.3, stop_ids=STOPS), config())
+    torch.manual_seed(3)
+    assert ids.equal(uncached(student, adapted, TrustRegion(0.3, schedule="constant"), inputs)[0])
+
+
+def test_rows_that_have_stopped_are_not_solved() -> None:
+    class Counting(TrustRegion):
+        def log_behaviour(self, log_p: Tensor, log_q: Tensor, step: int) -> Behaviour:
+            solved.append(len(log_p))
+            return super().log_behaviour(log_p, log_q, step)
+
+    solved: list[int] = []
+    processor = TeacherGuided(llama(2), Counting(0.3), stop_ids=STOPS)
+    torch.manual_seed(3)
+    ids = generate_guided(llama(1), prompts(), processor, config())
+    new = ids[:, max(LENGTHS) :]
+    going = (new == STOPS.written).int().cumsum(-1) - (new == STOPS.written).int() == 0
+    assert solved == going.sum(0).tolist()
+    assert solved[-1] < solved[0]
+
+
+def test_after_all_have_stopped_nothing_is_solved_or_recorded() -> None:
+    processor = TrustRegionBlend(llama(2), 0.3, stop_ids=STOPS)
+    ids, scores = prompts((4, 4))["input_ids"], torch.randn(2, VOCAB)
+    processor(ids, scores)
+    ids = torch.cat([ids, torch.full((2, 1), STOPS.written)], -1)
+    assert processor(ids, scores) is scores
+    assert processor.records()["divergence"].shape == (2, 1)
+
+
 def test_in_plain_generate_with_nothing_but_a_list_of_processors() -> None:
     student, teacher, inputs = llama(1), llama(2), prompts()
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "eos_token_id": 2, "pad_token_id": 0}
@@ -224,6 +272,23 @@ def test_in_plain_generate_with_nothing_but_a_list_of_processors() -> None:
     assert bare.records()["teacher_log_prob"][:, -1].isnan().all()
     bare.finish(ids)
     torch.testing.assert_close(bare.records(), guided.records(), equal_nan=True)
+
+
+def test_scores_that_generate_returns_are_log_mu() -> None:
+    student, teacher, inputs = llama(1), llama(2), prompts((4, 4))
+    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS)
+    torch.manual_seed(3)
+    output = generate_guided(student, inputs, processor, config(2, return_dict_in_generate=True, output_scores=True))
+    torch.manual_seed(3)
+    assert output.sequences.equal(
+        generate_guided(student, inputs, TrustRegionBlend(teacher, 0.3, stop_ids=STOPS), config(2))
+    )
+    with torch.no_grad():
+        ours, theirs = canonicalise(*(m(**inputs).logits[:, -1] for m in (student, teacher)), STOPS)
+    log_mu, beta, _ = trust_region_blend(ours, theirs, 0.3)
+    torch.testing.assert_close(output.scores[0], log_mu, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(processor.records()["blend_weight"][:, 0], beta, rtol=1e-4, atol=1e-4)
+    assert processor.records()["teacher_log_prob"][:, 0].isfinite().all()
 
 
 def test_a_teacher_of_half_precision_is_blended_in_float32() -> None:
@@ -337,6 +402,14 @@ def test_the_same_model_twice_is_that_model() -> None:
     assert metrics["share_student"] == 0.0
     assert metrics["divergence"] < 1e-6
     assert metrics["student_entropy"] == pytest.approx(metrics["teacher_entropy"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_teacher_is_asked_for_its_last_logits_alone(kind: str) -> None:
+    teacher, shapes = MODELS[kind](2), []
+    teacher.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    generate_guided(llama(1), prompts(), TrustRegionBlend(teacher, 0.3), config(3, min_new_tokens=3))
+    assert shapes == [(len(LENGTHS), 1, VOCAB)] * 3
 
 
 def test_scores_that_came_in_are_not_changed() -> None:
@@ -455,6 +528,8 @@ def test_bad_settings_are_refused_by_name() -> None:
         TrustRegionBlend(teacher, 0.1, temperature=0)
     with pytest.raises(TrimtabError, match="cache_implementation='hybrid' is not known"):
         TrustRegionBlend(teacher, 0.1, cache_implementation="hybrid")
+    with pytest.raises(TrimtabError, match="vocab_size=0"):
+        TrustRegionBlend(teacher, 0.1, vocab_size=0)
     with pytest.raises(TrimtabError, match="step=-1"):
         TeacherGuided(teacher, Vanilla(), step=-1)
     with pytest.raises(TrimtabError, match="max_length=None must be known"):

@@ -1,7 +1,7 @@
 """Distillation on what the student itself writes, at first with the teacher's help.
 
 `functional` holds the loss on tensors, `eos` what makes one vocabulary of two models', `rollouts` who writes the
-prefixes, `processor` the two-model decoding inside transformers' `generate`.
+prefixes, `processor` the two-model decoding inside transformers' `generate`, with the teacher of `decoder`.
 """
 
 from __future__ import annotations

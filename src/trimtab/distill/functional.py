@@ -23,10 +23,11 @@ to the gradient.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.simplex import kl
@@ -58,8 +59,10 @@ def reverse_kl(
         ids, log_q = topk_statistics(student_logits, teacher_logits, k, temperature)
         return reverse_kl_from_statistics(student_logits, ids, log_q, estimator=estimator, temperature=temperature)
     _check_pair(student_logits, teacher_logits, temperature)
-    log_q = tempered(teacher_logits.detach(), temperature).log_softmax(-1)
-    return kl(tempered(student_logits, temperature).log_softmax(-1), log_q)
+    divergence: Tensor = _ReverseKL.apply(
+        tempered(student_logits, temperature), tempered(teacher_logits.detach(), temperature)
+    )
+    return divergence
 
 
 @torch.no_grad()
@@ -106,6 +109,27 @@ def reverse_kl_from_statistics(
     # Where the teacher has nothing on S, its total is -inf: log q - total must stay -inf.
     total = log_q.logsumexp(-1, keepdim=True).clamp_min(torch.finfo(log_q.dtype).min)
     return kl(log_p.log_softmax(-1), log_q - total)
+
+
+class _ReverseKL(torch.autograd.Function):
+    """`full`, with its gradient p_v (log p_v - log q_v - KL) written down, which is all that is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        log_p = student_logits.log_softmax(-1)
+        p, log_ratio = log_p.exp(), log_p.sub_(teacher_logits.log_softmax(-1))
+        # Without mass there is nothing to add, also where log p - log q is -inf + inf.
+        log_ratio.masked_fill_(p == 0, 0.0)
+        divergence = torch.linalg.vecdot(p, log_ratio)
+        if ctx.needs_input_grad[0]:
+            gradient = log_ratio.sub_(divergence.unsqueeze(-1)).mul_(p)
+            ctx.save_for_backward(gradient.masked_fill_((divergence == torch.inf).unsqueeze(-1), 0.0))
+        return divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * gradient.unsqueeze(-1), None
 
 
 def tempered(logits: Tensor, temperature: float | int) -> Tensor:

@@ -9,8 +9,8 @@ with its own cache, and the next token is sampled from what a `RolloutPolicy` ma
 Of each step, with l_S and l_T the two models' logits and tau the temperature: both are divided by tau, brought to one
 vocabulary with one stop id (`trimtab.distill.eos`), normalised to log p and log q, and the scores become log mu. They
 are final: nothing may follow, so `generate` samples at temperature 1 and without top-k or top-p, while what goes
-before (suppressed tokens, least lengths) acts on the student. A policy that needs no teacher leaves the scores as
-they are and never calls it.
+before (suppressed tokens, least lengths) acts on the student. A policy that needs no teacher never calls it,
+and leaves the scores as they are but for a temperature other than 1 and ids that the student must not write.
 
 Rows that have stopped are not solved; the teacher goes on in them with tokens that nobody reads.
 """
@@ -18,7 +18,6 @@ Rows that have stopped are not solved; the teacher goes on in them with tokens t
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,10 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import GenerationMode
 
-from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.errors import TrimtabError
+from trimtab.distill.decoder import TeacherDecoder
 from trimtab.distill.eos import StopIds, canonicalise, suppressed_ids
 from trimtab.distill.functional import tempered
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
@@ -82,11 +82,12 @@ class TeacherGuided(LogitsProcessor):
     - `teacher`: a causal LM in evaluation mode, on a device of its own if need be.
     - `policy`, `step`: who writes, at which optimiser step.
     - `temperature`: of both models; the policy's own temperature multiplies the student's when it writes alone.
-    - `stop_ids`: both models', made one; None leaves the logits, and then no row counts as stopped.
+    - `stop_ids`: both models', made one, at which `generate` must end rows, as it does if the student's
+      `eos_token_id` names them; None leaves the logits, and then no row counts as stopped.
     - `vocab_size`: where heads are padded to different sizes, the size of the common tokenizer.
     - `attention_mask` [prompts, length]: needed with left-padded prompts; several samples of a prompt share its row.
     - `cache_implementation`: the teacher's cache, "dynamic" or "static"; the latter needs `max_length`, the longest
-      that a text may become, prompt included (`generate_guided` fills in both).
+      that a text may become, prompt included (`generate_guided` fills it in).
     - `record_top_k`: keep the teacher's statistics at so many of the student's likeliest ids of each token.
 
     Raises `TrimtabError` for a teacher in training mode or without a cache, for settings outside their range, and
@@ -111,10 +112,10 @@ class TeacherGuided(LogitsProcessor):
     ) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
             raise TrimtabError(f"temperature={temperature} must be positive and finite.")
-        if cache_implementation not in ("dynamic", "static"):
-            raise unknown("cache_implementation", cache_implementation, ("dynamic", "static"))
         if step < 0 or record_top_k < 0:
             raise TrimtabError(f"step={step} and record_top_k={record_top_k} must be 0 or more.")
+        if vocab_size is not None and vocab_size < 1:
+            raise TrimtabError(f"vocab_size={vocab_size} must be at least 1.")
         self.teacher = teacher
         self.policy = policy
         self.step = step
@@ -122,11 +123,10 @@ class TeacherGuided(LogitsProcessor):
         self.stop_ids = stop_ids
         self.vocab_size = vocab_size
         self.attention_mask = attention_mask
-        self.cache_implementation = cache_implementation
         self.max_length = max_length
         self.record_top_k = record_top_k
         self.guided = policy.needs_teacher(step)
-        self._decoder = _Decoder(teacher, cache_implementation) if self.guided else None
+        self._decoder = TeacherDecoder(teacher, cache_implementation) if self.guided else None
         self._ids = torch.empty(0, 0, dtype=torch.long)
         self._finished = torch.empty(0, dtype=torch.bool)
         self._pending: _Pending | None = None
@@ -142,6 +142,8 @@ class TeacherGuided(LogitsProcessor):
         logits = self._decoder.next_logits(input_ids, self._finished, self.attention_mask, self.max_length)
         # The one look at the device before the solve, once both models' work is on its way.
         rows = self._going(alike, scores.device)
+        if rows is not None and len(rows) == 0:
+            return scores  # where `generate` learns a step late that all have stopped, it drops this one
         return self._blend(scores, logits.to(scores.device), rows)
 
     def finish(self, sequences: Tensor) -> None:
@@ -214,8 +216,7 @@ class TeacherGuided(LogitsProcessor):
             raise _not_one_token("with other tokens in some row than before")
         self._settle(self._ids[:, -1])
         going = [row for row, stopped in enumerate(finished) if not stopped]
-        # If none is left the call's answer is not read, and any row will do.
-        return None if len(going) == len(finished) else torch.tensor(going or [0], device=device)
+        return None if len(going) == len(finished) else torch.tensor(going, dtype=torch.long, device=device)
 
     def _blend(
         self, scores: Float[Tensor, "batch vocab"], logits: Float[Tensor, "batch _"], rows: Tensor | None
@@ -225,12 +226,13 @@ class TeacherGuided(LogitsProcessor):
         k = min(self.record_top_k, size)
         dtype = torch.promote_types(torch.promote_types(scores.dtype, logits.dtype), torch.float32)
         log_mu = torch.full((batch, head), -torch.inf, dtype=dtype, device=device)
-        log_mu[:, 0] = 0.0  # a row that has stopped needs some distribution, which nobody reads
+        if rows is not None and self.stop_ids is not None:
+            log_mu[:, self.stop_ids.written] = 0.0  # `generate` samples in rows that have stopped too, for nobody
         log_q = torch.empty(batch, size, dtype=dtype, device=device)
         record = torch.full((len(RECORDS), batch), torch.nan, dtype=dtype, device=device)
         top_ids, top_log_probs = (
             torch.zeros(batch, k, dtype=torch.long, device=device),
-            torch.zeros(batch, k, device=device),
+            torch.zeros(batch, k, dtype=dtype, device=device),
         )
         for part in _parts(rows, scores):
             ours, theirs = canonicalise(
@@ -324,87 +326,6 @@ def generate_guided(
     output = student.generate(**inputs, generation_config=config, logits_processor=[processor])
     processor.finish(output if isinstance(output, Tensor) else output.sequences)
     return output
-
-
-# -- the teacher -----------------------------------------------------------------------------------
-
-
-class _Decoder:
-    """The teacher, its cache, and where it is in the texts."""
-
-    def __init__(self, teacher: Any, cache_implementation: str) -> None:
-        accepted = inspect.signature(teacher.forward).parameters
-        if teacher.training:
-            raise TrimtabError("The teacher is in training mode: call teacher.eval().")
-        if "past_key_values" not in accepted or teacher.config.is_encoder_decoder:
-            raise TrimtabError(f"teacher={type(teacher).__name__} must be a causal LM with a key-value cache.")
-        self.teacher = teacher
-        self.cache_implementation = cache_implementation
-        self.takes_positions = "position_ids" in accepted
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self.cache: Any = None
-        self.mask: Tensor | None = None
-        self.positions = torch.empty(0, 0, dtype=torch.long)
-
-    def next_logits(
-        self, input_ids: Tensor, finished: Tensor, attention_mask: Tensor | None, max_length: int | None
-    ) -> Tensor:
-        """The teacher's logits after each text, [batch, vocab]: of the whole text at first, then of its last token."""
-        device = self.teacher.device
-        if self.cache is None:
-            tokens = input_ids.to(device)
-            self._begin(tokens, attention_mask, max_length)
-            if self.mask is not None:  # what pads the student may lie outside the teacher's vocabulary
-                tokens = tokens.masked_fill(self.mask == 0, 0)
-        else:
-            # Likewise what `generate` writes behind the end.
-            tokens = input_ids[:, -1:].masked_fill(finished.unsqueeze(-1), 0).to(device)
-            self.positions = self.positions[:, -1:] + 1
-            if self.mask is not None:
-                self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
-        positions = {"position_ids": self.positions} if self.takes_positions else {}
-        output = self.teacher(
-            input_ids=tokens,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **positions,
-            **self.last_only,
-        )
-        self.cache = output.past_key_values
-        return output.logits[:, -1]
-
-    def _begin(self, tokens: Tensor, attention_mask: Tensor | None, max_length: int | None) -> None:
-        batch, length = tokens.shape
-        config = self.teacher.config.get_text_config(decoder=True)
-        if self.cache_implementation == "dynamic":
-            self.cache = DynamicCache(config=config)
-        elif max_length is None or max_length < length:
-            raise TrimtabError(f"max_length={max_length} must be known, and at least {length}, with a static cache.")
-        else:
-            self.cache = StaticCache(config=config, max_cache_len=max_length)
-        pad = self.teacher.generation_config.pad_token_id
-        if attention_mask is None:
-            if pad is not None and bool((tokens[:, 0] == pad).any()):
-                raise TrimtabError(
-                    f"Some prompt begins with the teacher's padding, token id {pad}: give attention_mask (all ones if "
-                    "it is no padding)."
-                )
-        elif attention_mask.shape[1] != length or batch % len(attention_mask):
-            raise TrimtabError(
-                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(tokens.shape)}: the lengths "
-                "must be equal, and the rows too but for several samples of each prompt."
-            )
-        elif not bool(attention_mask.all()):
-            mask = attention_mask.to(tokens.device, torch.long)
-            self.mask = mask.repeat_interleave(batch // len(mask), dim=0)
-            if not bool(self.mask[:, -1].all()):
-                raise TrimtabError("attention_mask ends with 0 in some row: prompts are padded on the left.")
-        if self.mask is None:
-            self.positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        else:
-            self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)
 
 
 # -- pieces ----------------------------------------------------------------------------------------
