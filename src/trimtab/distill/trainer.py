@@ -1,0 +1,513 @@
+"""On-policy distillation in TRL, with rollouts that lean on the teacher at first.
+
+Source: trust-region behaviour blending (TRB), arXiv 2605.31159.
+
+Symbols: p the student, q the teacher, mu who writes, k the optimiser step (`state.global_step`, from 0):
+
+    rollouts   a ~ mu,  mu = argmin KL(mu || q)  subject to  KL(mu || p) <= eps_k,     eps_k = eps_0 max(0, 1 - k/K)
+    loss       mean over written tokens, up to and including the stop, of KL(p || q) at their prefixes
+
+Where eps_k is 0, and in evaluation, the student writes by TRL's own method. The loss is TRL's own too, but for
+truncated estimators, for models that stop at different ids, and for heads of different sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+from trl import DistillationConfig, DistillationTrainer
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from trimtab.core.errors import TrimtabError
+from trimtab.distill.config import TRBConfig
+from trimtab.distill.eos import StopIds, check_tokenizers, suppressed_ids
+from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden, reverse_kl_of_statistics, teacher_view
+from trimtab.distill.processor import TeacherGuided, generate_guided
+from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
+from trimtab.methods import bibtex, find
+
+__all__ = ["TRBTrainer"]
+
+logger = get_logger(__name__)
+
+# What is logged of the processor's records.
+_LOGGED = {
+    "blend_weight": "rollout/blend_weight",
+    "divergence": "rollout/kl_to_student",
+    "student_entropy": "rollout/student_entropy",
+    "teacher_entropy": "rollout/teacher_entropy",
+    "teacher_log_prob": "rollout/teacher_log_prob",
+}
+_MEANS = (*_LOGGED.values(), "rollout/share_student", "rollout/share_teacher", "rollout/seconds")
+
+
+class TRBTrainer(DistillationTrainer):
+    """`trl.DistillationTrainer` whose first rollouts are written by a `RolloutPolicy`, which may ask the teacher.
+
+    All arguments are TRL's, but for:
+
+    - `args`: a `TRBConfig`; a `trl.DistillationConfig` gets the defaults of what is new.
+    - `teacher_model`: by default the one that `args.teacher_model_name_or_path` names.
+    - `rollout_policy`: who writes; by default the trust region of `args`. `trimtab.distill.rollouts` has others.
+    - `teacher_processing_class`: the teacher's tokenizer or processor. With it, or a teacher given by name, each token
+      id must stand for the same token in both models.
+
+    While the teacher writes along, transformers generates, also with `use_vllm=True`, and rollouts are plain sampling:
+    the bound on KL(mu || p) holds for what is sampled from, so top-p, top-k, min-p, penalties and beams are refused.
+    Tools may be called; images are refused. Under FSDP, version 2 is needed.
+
+    Logged, as means over tokens of all processes: `rollout/epsilon`, `rollout/blend_weight` (the trust region's beta),
+    `rollout/share_student` (tokens with beta 0) and `rollout/share_teacher` (beta 1), `rollout/kl_to_student`,
+    `rollout/teacher_log_prob`, `rollout/teacher_entropy`, `rollout/student_entropy`, and `rollout/seconds`, the mean
+    over processes.
+
+    Raises `TrimtabError` for settings that do not go together, vocabularies that differ in size (unless
+    `allow_padded_vocabulary`) or in tokens, and a teacher that cannot be moved with `offload_teacher`.
+    """
+
+    _tag_names = ("trl", "distillation", "trb")
+    _name = "TRB"
+    _paper = {  # noqa: RUF012 - TRL's name and type
+        "title": find("trb").references[0].title,
+        "id": find("trb").arxiv,
+        "citation": bibtex("trb"),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        *,
+        rollout_policy: RolloutPolicy | None = None,
+        teacher_processing_class: Any = None,
+    ) -> None:
+        args = _own_config(args, model)
+        self.rollout_policy = args.trust_region() if rollout_policy is None else rollout_policy
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        if teacher_model is None:
+            raise TrimtabError("teacher_model=None: give the teacher, or its name in args.teacher_model_name_or_path.")
+        _check_sampling(args, self.rollout_policy)
+        padded = _differ_in_size(model, teacher_model, args)
+        super().__init__(
+            model=model,
+            teacher_model=None if padded else teacher_model,  # TRL refuses it
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        if padded:
+            self.teacher_model = self._prepare_teacher(teacher_model)
+        self._check_backend()
+        vocab_size = _common_tokens(self._tokenizer, teacher_model, teacher_processing_class, args)
+        self.comparison = Comparison(
+            estimator=args.loss_estimator,
+            k=args.loss_top_k,
+            temperature=args.temperature,
+            stop_ids=self._common_stop_ids(),
+            vocab_size=vocab_size if padded else None,
+        )
+        self._check_loss(vocab_size)
+        self._suppress()
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._statistics: tuple[Tensor, Tensor] | None = None
+        self._teacher_hidden: Tensor | None = None
+        self._said_that_vllm_waits = False
+
+    # -- what TRL's constructor leaves open --------------------------------------------------------
+
+    def _prepare_teacher(self, teacher: Any) -> Any:
+        """As TRL prepares one, without asking for equal vocabularies."""
+        if isinstance(teacher, str):
+            settings = {"trust_remote_code": self.args.trust_remote_code, **(self.args.teacher_model_init_kwargs or {})}
+            if self.args.teacher_model_revision is not None:
+                settings.setdefault("revision", self.args.teacher_model_revision)
+            if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                settings["device_map"] = None
+            teacher = create_model_from_path(teacher, **settings)
+        elif self.args.teacher_model_init_kwargs is not None:
+            raise TrimtabError("teacher_model_init_kwargs are for a teacher given by name, and this one is a model.")
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def _check_backend(self) -> None:
+        if self._dist.fsdp_version == 1 and self.rollout_policy.needs_teacher(0):
+            raise TrimtabError("fsdp_version=1: a teacher that writes along needs fsdp_version=2.")
+        if not self.args.offload_teacher:
+            return
+        teacher = self._teacher
+        for reason, held in (
+            ("DeepSpeed holds the teacher's weights", self.is_deepspeed_enabled),
+            ("FSDP holds the teacher's weights", self.is_fsdp_enabled),
+            ("the teacher is quantised", getattr(teacher, "hf_quantizer", None) is not None),
+            ("the teacher has a device_map", getattr(teacher, "hf_device_map", None) is not None),
+        ):
+            if held:
+                raise TrimtabError(f"offload_teacher=True: {reason}, so that it cannot be moved to the CPU and back.")
+
+    def _common_stop_ids(self) -> StopIds:
+        """The student's, at which TRL ends completions as well, and the teacher's."""
+        if self.args.student_stop_ids is not None:
+            self.eos_token_ids = list(self.args.student_stop_ids)
+            self.generation_config.eos_token_id = self.eos_token_ids
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        teacher = self.args.teacher_stop_ids
+        if teacher is None:
+            teacher = self._teacher.generation_config.eos_token_id
+        if teacher is None:
+            teacher = self.eos_token_ids
+        teacher = teacher if isinstance(teacher, list) else [teacher]
+        return StopIds(*(tuple(dict.fromkeys(ids)) for ids in (self.eos_token_ids, teacher)))
+
+    def _check_loss(self, tokens: int) -> None:
+        self._own_loss = self.comparison.estimator != "full"
+        if self.comparison.stop_ids.masked or self.comparison.vocab_size is not None:
+            self._own_loss = True
+            if self.beta != 1.0:
+                raise TrimtabError(
+                    f"beta={self.beta}: with stop ids {self.comparison.stop_ids.student} of the student and "
+                    f"{self.comparison.stop_ids.teacher} of the teacher, and heads of "
+                    f"{'different' if self.comparison.vocab_size else 'equal'} sizes, the loss is the reverse KL, "
+                    "beta=1.0."
+                )
+        size = self.comparison.vocab_size or self.model.config.get_text_config().vocab_size
+        if self.comparison.estimator != "full" and self.comparison.k > size:
+            raise TrimtabError(f"loss_top_k={self.comparison.k} must be at most {size}, the size of the vocabulary.")
+        if tokens > size:
+            raise TrimtabError(f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for.")
+
+    def _suppress(self) -> None:
+        """The student alone must not write what is no token of both models, or stops the teacher only."""
+        head = self.model.config.get_text_config().vocab_size
+        ids = suppressed_ids(self.comparison.stop_ids, head, self.comparison.vocab_size)
+        if not ids:
+            return
+        ids = tuple(sorted({*ids, *(self.generation_config.suppress_tokens or ())}))
+        self.generation_config.suppress_tokens = list(ids)
+        self.generation_kwargs["suppress_tokens"] = list(ids)
+        if self.use_vllm:  # which knows biases only
+            given = self.vllm_generation.generation_kwargs
+            given["logit_bias"] = {**dict.fromkeys(ids, -100.0), **given.get("logit_bias", {})}
+
+    # -- rollouts ----------------------------------------------------------------------------------
+
+    @property
+    def _teacher(self) -> Any:
+        return self.accelerator.unwrap_model(self.teacher_model)
+
+    @property
+    def _guided(self) -> bool:
+        """Whether the teacher writes along now."""
+        return self.model.training and self.rollout_policy.needs_teacher(self.state.global_step)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._sums.clear()
+        self._statistics = None
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self._log_rollouts()
+        if self._statistics is not None:
+            ids, log_probs = (_of_length(x, output["completion_ids"].shape[1]) for x in self._statistics)
+            # Tensors with a row for each rollout: TRL shuffles them and deals them out with the rest.
+            output |= {"top_k_ids": ids, "teacher_top_k_log_probs": log_probs}
+            self._statistics = None
+        return output
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: dict[str, Any], has_tool_images: bool = False
+    ) -> list[list[int]]:
+        def write() -> list[list[int]]:
+            written: list[list[int]] = super(TRBTrainer, self)._generate_single_turn(
+                prompt_ids, images, multimodal_fields, has_tool_images
+            )
+            return written
+
+        begin = time.perf_counter()
+        if self._guided:
+            if images is not None or multimodal_fields:
+                raise TrimtabError(
+                    f"prompts with images or {sorted(multimodal_fields)}: the teacher reads tokens only while it "
+                    "writes along. Set trust_region_epsilon=0.0, or a rollout_policy that needs no teacher."
+                )
+            completion_ids = self._write_with_teacher(write)
+        else:
+            self._place_teacher("cpu")
+            factor = self.rollout_policy.temperature(self.state.global_step) if self.model.training else 1.0
+            with self._sampling_temperature(factor):
+                completion_ids = write()
+        self._add("rollout/seconds", time.perf_counter() - begin, 1)
+        return completion_ids
+
+    def _write_with_teacher(self, write: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """TRL's rollout, in which the student's `generate` is that of two models."""
+        self._place_teacher(self.accelerator.device)
+        if self.use_vllm and not self._said_that_vllm_waits:
+            self._said_that_vllm_waits = True
+            logger.warning(
+                "use_vllm=True: vLLM has no place for a teacher in its sampler, so transformers writes the rollouts as "
+                "long as the teacher writes along, and vLLM those after it."
+            )
+        self.teacher_model.eval()
+        recorded = 0 if self.comparison.estimator == "full" or self.tools else self.comparison.k
+        processor = TeacherGuided(
+            self._teacher,
+            self.rollout_policy,
+            step=self.state.global_step,
+            temperature=self.temperature,
+            stop_ids=self.comparison.stop_ids,
+            vocab_size=self.comparison.vocab_size,
+            cache_implementation=self.args.cache_implementation or "dynamic",
+            record_top_k=recorded,
+        )
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+
+        def generate(*, generation_config: Any, **inputs: Tensor) -> Any:
+            del student.generate
+            config = copy.deepcopy(generation_config)
+            config.temperature = 1.0  # the processor's part
+            return generate_guided(student, inputs, processor, config)
+
+        use_vllm, self.use_vllm = self.use_vllm, False
+        student.generate = generate
+        try:
+            completion_ids = write()
+        finally:
+            self.use_vllm = use_vllm
+            vars(student).pop("generate", None)
+        self._add_records(processor.records())
+        if recorded:
+            self._statistics = processor.statistics()
+        return completion_ids
+
+    @contextmanager
+    def _sampling_temperature(self, factor: float) -> Iterator[None]:
+        """Rollouts, not the loss, at `factor` times the temperature."""
+        samplers = [self.generation_config, *([self.vllm_generation] if self.use_vllm else [])]
+        before = [sampler.temperature for sampler in samplers]
+        for sampler, temperature in zip(samplers, before, strict=True):
+            sampler.temperature = temperature * factor
+        try:
+            yield
+        finally:
+            for sampler, temperature in zip(samplers, before, strict=True):
+                sampler.temperature = temperature
+
+    def _place_teacher(self, device: torch.device | str) -> None:
+        if self.args.offload_teacher:
+            self.teacher_model.to(device)
+
+    # -- loss --------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._views_always:
+            self._log_teacher_view(inputs)
+        return loss
+
+    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        if "top_k_ids" not in inputs:
+            self._place_teacher(self.accelerator.device)
+        if self._own_loss:
+            return self._compute_own_loss(unwrapped_student, inputs, num_items_in_batch)
+        return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+
+    def _compute_own_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        sequences = (
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+        )
+        accepted = [*inspect.signature(DistillationTrainer._get_last_hidden_state).parameters][5:]
+        images = {name: inputs[name] for name in accepted if name in inputs}
+        counted = _counted(inputs)
+        hidden = self._get_last_hidden_state(student, *sequences, **images)[counted]
+        if "top_k_ids" in inputs:
+            statistics = (inputs[name][counted] for name in ("top_k_ids", "teacher_top_k_log_probs"))
+            total, entropy = reverse_kl_of_statistics(hidden, Head.of(student), *statistics, self.comparison)
+        else:
+            self.teacher_model.eval()
+            teacher = self._teacher
+            with torch.no_grad():
+                theirs = self._forward_redirection(
+                    self.teacher_model, teacher, self._get_last_hidden_state, teacher, *sequences, **images
+                )[counted]
+                teacher_head = Head.of(teacher)
+            total, entropy = reverse_kl_of_hidden(hidden, Head.of(student), theirs, teacher_head, self.comparison)
+        tokens = counted.sum()
+        return total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy.sum(), tokens
+
+    # -- the teacher's view of rollouts, and logs --------------------------------------------------
+
+    @property
+    def _views_always(self) -> bool:
+        return self.args.teacher_statistics == "always" and self.model.training and not self._guided
+
+    def _get_last_hidden_state(self, unwrapped_model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+        if self._views_always and unwrapped_model is self._teacher:
+            self._teacher_hidden = hidden
+        return hidden
+
+    def _log_teacher_view(self, inputs: dict[str, Any]) -> None:
+        """What the loss's pass of the teacher says of the tokens that the student has written."""
+        if self._teacher_hidden is None:
+            raise RuntimeError("the loss has not asked the teacher")
+        hidden, self._teacher_hidden = self._teacher_hidden, None
+        counted = _counted(inputs)
+        tokens = inputs["completion_ids"][counted]
+        log_prob, entropy = teacher_view(hidden[counted], Head.of(self._teacher), tokens, self.comparison)
+        sums = torch.stack([log_prob.sum(), entropy.sum(), entropy.new_tensor(len(tokens))])
+        of_tokens, of_entropies, n = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        metrics = self._metrics["train"]
+        metrics["rollout/teacher_log_prob"].append(of_tokens / max(n, 1))
+        metrics["rollout/teacher_entropy"].append(of_entropies / max(n, 1))
+        metrics["rollout/student_entropy"].append(metrics["entropy"][-1])
+
+    def _add(self, name: str, total: float, count: float) -> None:
+        self._sums[name][0] += total
+        self._sums[name][1] += count
+
+    def _add_records(self, records: dict[str, Tensor]) -> None:
+        for name, values in records.items():
+            known = values[~values.isnan()]
+            self._add(_LOGGED[name], float(known.sum()), known.numel())
+            if name == "blend_weight":
+                self._add("rollout/share_student", float((known == 0).sum()), known.numel())
+                self._add("rollout/share_teacher", float((known == 1).sum()), known.numel())
+
+    def _log_rollouts(self) -> None:
+        """Means over all processes. Here and not where rollouts are written: with tools some write more often."""
+        sums = torch.tensor([self._sums[name] for name in _MEANS], device=self.accelerator.device)
+        for name, (total, count) in zip(_MEANS, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
+            if count:
+                self._metrics["train"][name].append(total / count)
+        if isinstance(self.rollout_policy, TrustRegion):
+            self._metrics["train"]["rollout/epsilon"].append(self.rollout_policy.budget(self.state.global_step))
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return TRBConfig(f"{name.split('/')[-1]}-TRB")
+    if isinstance(args, TRBConfig):
+        return args
+    return TRBConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
+
+
+def _check_sampling(args: TRBConfig, policy: RolloutPolicy) -> None:
+    """Refused now, and not in the middle of a run: what `generate_guided` refuses."""
+    if not policy.needs_teacher(0):
+        return
+    given = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    given |= args.generation_kwargs or {}
+    neutral = {
+        "top_p": (1.0,),
+        "top_k": (0,),
+        "min_p": (None, 0.0),
+        "repetition_penalty": (1.0,),
+        "num_beams": (1,),
+        "do_sample": (True,),
+        "assistant_model": (None,),
+        "assistant_early_exit": (None,),
+        "prompt_lookup_num_tokens": (None,),
+        "temperature": (args.temperature,),
+    }
+    for name, value in given.items():
+        if name in neutral and value not in neutral[name]:
+            raise TrimtabError(
+                f"{name}={value}: where the teacher writes along, rollouts are plain samples ({name}={neutral[name][0]}), "
+                "since the divergence from the student is that of the tempered distributions before any such change."
+            )
+    if args.cache_implementation not in (None, "dynamic", "static"):
+        raise TrimtabError(
+            f"cache_implementation={args.cache_implementation!r}: where the teacher writes along it must be None, "
+            "'dynamic' or 'static'."
+        )
+
+
+def _differ_in_size(student: Any, teacher: Any, args: TRBConfig) -> bool:
+    """Whether the heads differ in size, which must have been allowed."""
+    sizes = [
+        _vocab_size(model, revision, args)
+        for model, revision in (
+            (student, (args.model_init_kwargs or {}).get("revision")),
+            (teacher, (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)),
+        )
+    ]
+    if sizes[0] != sizes[1] and not args.allow_padded_vocabulary:
+        raise TrimtabError(
+            f"The student has logits for {sizes[0]} ids and the teacher for {sizes[1]}. If both have one tokenizer and "
+            "only pad it differently, set allow_padded_vocabulary=True; models of different tokenizers cannot be "
+            "compared token by token."
+        )
+    return sizes[0] != sizes[1]
+
+
+def _vocab_size(model: Any, revision: str | None, args: TRBConfig) -> int:
+    if isinstance(model, str):
+        trust = args.trust_remote_code
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust)
+    else:
+        config = model.config
+    return int(config.get_text_config().vocab_size)
+
+
+def _common_tokens(tokenizer: Any, teacher: Any, given: Any, args: TRBConfig) -> int:
+    """How many ids the tokenizers know, which must be the same ones where the teacher's tokenizer can be had."""
+    if given is None and isinstance(teacher, str):
+        revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
+        try:
+            trust = args.trust_remote_code
+            given = AutoTokenizer.from_pretrained(teacher, revision=revision, trust_remote_code=trust)
+        except (OSError, ValueError):  # a folder without one
+            given = None
+    if given is None:
+        return max(tokenizer.get_vocab().values()) + 1
+    return check_tokenizers(tokenizer, getattr(given, "tokenizer", given))
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def _counted(inputs: dict[str, Any]) -> Tensor:
+    """The positions of completions that are in the loss: up to and including the stop, and without tools' results."""
+    mask: Tensor = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    return mask != 0
+
+
+def _of_length(columns: Tensor, length: int) -> Tensor:
+    """[rows, tokens, k] cut, or filled up with zeros, to `length` tokens."""
+    missing = length - columns.shape[1]
+    return torch.nn.functional.pad(columns, (0, 0, 0, max(missing, 0)))[:, :length]
