@@ -31,6 +31,7 @@ from trimtab.cli.training import (
     show_summary,
     trl_arguments,
     weight_bytes,
+    with_adapters,
 )
 from trimtab.core.errors import TrimtabError
 from trimtab.core.progress import console
@@ -43,8 +44,9 @@ SUMMARY = {
     "rewards/accuracies": "pairs in the right order",
     "rewards/margins": "margin of rewards",
     "kl": "KL to the reference (estimate)",
-    "reference_updates": "updates of the reference",
-    "reference_distance": "distance of the reference",
+    "reference/updates": "updates of the reference",
+    "reference/distance": "distance from the reference",
+    "reference/kl_initial": "KL from the first reference, a token",
 }
 
 
@@ -178,24 +180,24 @@ def align(
         with hosts_to_themselves():
             return _trainer(loss, moving, policy, arguments, examples, tokenizer, lora_config(training))
 
-    updates = 0 if moving is None else _updates(moving, steps)
-    if moving is not None and not updates:
-        console(stderr=True).print(f"the reference is never updated in {steps:,} steps: this is the base method")
     if dry_run:
+        updates = moving.schedule.updates(steps) if moving is not None else 0
         left_out = len(found) - len(examples)
         facts = (
             f"{len(examples):,} examples of {training.examples_per_step} a step, {steps:,} steps"
             + (f"; {left_out:,} left out, whose prompt has {length:,} tokens or more" if left_out else ""),
-            f"reference {reference.reference}, {updates:,} updates",
+            f"reference {reference.reference}, {updates:,} updates"
+            + ("" if updates or moving is None else ": it never moves in so few steps, and this is the base method"),
         )
-        print(_plan(f"align {model} ({loss})", facts, shapes, trainer, steps, reference, training))
+        shapes = with_adapters(shapes, training)
+        print(_plan(f"align {model} ({loss})", facts, shapes, trainer, steps, moving, training))
         return
     identity = {"command": "align", "model": model, "loss": loss, "beta": beta, "max_length": length}
     identity |= {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight, "measure": measure}
     identity |= asdict(reference) | asdict(data) | asdict(training) | {"data_sha256": digest(loaded)}
     metrics = finished_metrics(out, identity)
     if metrics is None:
-        metrics = run_trainer(trainer(out, steps), tokenizer, out, identity, lambda: {"examples": len(examples)})
+        metrics = run_trainer(trainer(out, steps), tokenizer, out, identity, {"examples": len(examples)})
     show_summary(out, metrics, SUMMARY)
 
 
@@ -219,28 +221,33 @@ def _plan(
     shapes: Any,
     trainer: Callable[..., Any],
     steps: int,
-    reference: ReferenceSettings,
+    moving: Any,
     training: AlignTraining,
 ) -> Plan:
-    weights, trained = weight_bytes(shapes, lora_config(training))
-    held = _reference_bytes(reference, training, weights, trained)
-    memory = {"policy": weights, "gradients": trained, "optimiser": 2 * trained, "reference": held}
-    state = (trained if training.lora_rank else weights) + 2 * trained + (held if reference.reference != "fixed" else 0)
+    weights, trained = weight_bytes(shapes)
+    saved = trained if training.lora_rank else weights
+    reference, state = _reference_bytes(shapes, moving, training, saved)
+    memory = {"policy": weights, "gradients": trained, "optimiser": 2 * trained, "reference": reference}
     fits = sum(memory.values()) < free_memory()
     return Plan(
         title=title,
         facts=facts,
         memory=memory,
-        disk={"model": trained if training.lora_rank else weights, "checkpoints": training.keep_last * state},
+        disk={"model": saved, "checkpoints": training.keep_last * (saved + 2 * trained + state)},
         seconds=seconds_per_step(trainer, steps) * steps if fits else None,
-        not_timed="it would not fit into this machine's memory",
+        not_timed="it would not fit into the memory that is free here",
     )
 
 
-def _reference_bytes(reference: ReferenceSettings, training: AlignTraining, weights: int, trained: int) -> int:
-    """Bytes that the reference holds beside the policy."""
-    return weights
-
-
-def _updates(moving: Any, steps: int) -> int:
-    return 0
+def _reference_bytes(shapes: Any, moving: Any, training: AlignTraining, saved: int) -> tuple[int, int]:
+    """Bytes that the reference takes in memory, and in a checkpoint. `saved`: those of what is trained."""
+    if moving is None:
+        return (0 if training.lora_rank else saved), 0  # without its adapter, the policy is the first reference
+    averaged = 0 < moving.schedule.alpha < 1
+    held = saved
+    if averaged and moving.lora == "exact" and training.lora_rank:
+        adapted = [module for module in shapes.modules() if hasattr(module, "lora_A")]
+        held += sum(4 * module.get_base_layer().weight.numel() for module in adapted)
+    # The master of a reference in bfloat16 is in float32.
+    master = 2 * saved if averaged and training.dtype == "bfloat16" and not training.lora_rank else 0
+    return held + master + (held if moving.measure else 0), master or held

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +22,18 @@ from trimtab.cli.training import (
     show_summary,
     trl_arguments,
     weight_bytes,
+    with_adapters,
 )
 from trimtab.core.errors import TrimtabError
 
 __all__ = ["DistillTraining", "LossSettings", "RolloutSettings", "distill"]
 
 Rollouts = Literal["trust_region", "vanilla", "fixed", "skd", "temperature", "mixture", "sft_warmup"]
-SUMMARY = {"loss": "reverse KL a token", "completions/mean_length": "tokens of an answer"}
+SUMMARY = {
+    "loss": "reverse KL a token",
+    "completions/mean_length": "tokens of an answer",
+    "rollout/teacher_log_prob": "log-probability that the teacher gives a token",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +203,8 @@ def distill(
     identity |= asdict(rollout) | asdict(loss) | asdict(data) | asdict(training) | {"data_sha256": digest(loaded)}
     metrics = finished_metrics(out, identity)
     if metrics is None:
-        from trimtab.distill import TRBConfig, TRBTrainer
+        from trimtab.distill.config import TRBConfig
+        from trimtab.distill.trainer import TRBTrainer
 
         arguments = trl_arguments(training, out, steps) | {"max_completion_length": answer, "shuffle_dataset": False}
         arguments |= asdict(loss) | {"trust_remote_code": trust_remote_code}
@@ -213,8 +221,20 @@ def distill(
                 peft_config=lora_config(training),
                 rollout_policy=policy,
             )
-        metrics = run_trainer(trainer, tokenizer, out, identity, lambda: {"prompts": len(kept)})
+        before = _supervised(trainer, rollout) if rollout.rollouts == "sft_warmup" else None
+        metrics = run_trainer(trainer, tokenizer, out, identity, {"prompts": len(kept)}, before=before)
     show_summary(out, metrics, SUMMARY)
+
+
+def _supervised(trainer: Any, rollout: RolloutSettings) -> Callable[[], object]:
+    """The supervised steps on answers of the teacher's."""
+    from trimtab.distill.sft_warmup import sft_warmup
+
+    def warm_up() -> None:
+        with contextlib.redirect_stdout(sys.stderr):  # where its trainer's logs do not stand among the results
+            sft_warmup(trainer, **_given(updates=rollout.warmup_steps))
+
+    return warm_up
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -252,6 +272,8 @@ def _facts(
         + f" of at most {answer:,} tokens, {training.examples_per_step} answers a step, {steps:,} steps"
         + (f"; {found - kept:,} left out, of more than {longest:,} tokens" if found > kept else "")
     )
+    if rollout.rollouts == "sft_warmup":
+        yield "before them, supervised steps on answers of the teacher's to the first prompts"
     guided = sum(policy.needs_teacher(step) for step in range(steps))
     yield f"the teacher writes along in {guided:,} of them" if guided else "the student writes alone"
     if rollout.rollouts == "trust_region" and guided == steps:
@@ -259,7 +281,7 @@ def _facts(
 
 
 def _plan(title: str, facts: tuple[str, ...], shapes: Any, teacher: Any, training: DistillTraining) -> Plan:
-    weights, trained = weight_bytes(shapes, lora_config(training))
+    weights, trained = weight_bytes(with_adapters(shapes, training))
     model = trained if training.lora_rank else weights
     return Plan(
         title=title,
@@ -268,7 +290,7 @@ def _plan(title: str, facts: tuple[str, ...], shapes: Any, teacher: Any, trainin
             "student": weights,
             "gradients": trained,
             "optimiser": 2 * trained,
-            "teacher": weight_bytes(teacher, None)[0],
+            "teacher": weight_bytes(teacher)[0],
         },
         disk={"model": model, "checkpoints": training.keep_last * (model + 2 * trained)},
         seconds=None,

@@ -187,7 +187,7 @@ def prompts(
         raise TrimtabError("system_prompt is for conversations; the prompts are plain text")
     system = {"role": "system", "content": system_prompt}
 
-    def with_system(example: dict[str, Any]) -> dict[str, Any]:
+    def with_system(example: Mapping[str, Any]) -> dict[str, Any]:
         given = example["prompt"]
         return {"prompt": given if given[0]["role"] == "system" else [system, *given]}
 
@@ -197,7 +197,7 @@ def prompts(
 def within_length(examples: datasets.Dataset, tokenizer: Any, limit: int) -> datasets.Dataset:
     """The examples whose prompt has less than `limit` tokens. Raises TrimtabError if none has."""
 
-    def fits(example: dict[str, Any]) -> bool:
+    def fits(example: Mapping[str, Any]) -> bool:
         return len(prompt_ids(tokenizer, example["prompt"])) < limit
 
     kept = examples.filter(fits)
@@ -220,7 +220,7 @@ def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
         raise TrimtabError(f"the chat template refuses a conversation of the data: {error}") from error
 
 
-def _before_answer(messages: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+def _before_answer(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """What comes before the first answer, as role and content."""
     found = []
     for message in messages:
@@ -237,7 +237,7 @@ def _openings(examples: datasets.Dataset, tokenizer: Any, tokens: int) -> datase
         raise TrimtabError(f"prompt_tokens={tokens} must be at least 1")
     _check(examples, ["text"], tokenizer, accepted="text")
 
-    def opening(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
         encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False).input_ids
         return {"prompt": [tokenizer.decode(ids[:tokens]) for ids in encoded if len(ids) >= tokens]}
 

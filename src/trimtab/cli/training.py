@@ -51,6 +51,7 @@ __all__ = [
     "show_summary",
     "trl_arguments",
     "weight_bytes",
+    "with_adapters",
 ]
 
 MIB = 2**20
@@ -245,11 +246,17 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def run_trainer(
-    trainer: Any, tokenizer: Any, out: Path, identity: Mapping[str, Any], facts: Callable[[], Mapping[str, Any]]
+    trainer: Any,
+    tokenizer: Any,
+    out: Path,
+    identity: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Train from the last complete checkpoint on, save what came out, and return the metrics.
 
-    facts: what is known of the finished run beside what the trainer logs.
+    facts: what stands in the metrics beside what the trainer logs. before: what a new run begins with.
 
     Ctrl-C lets the step be finished and writes a checkpoint; a second one stops at once. Raises KeyboardInterrupt then.
     """
@@ -261,6 +268,8 @@ def run_trainer(
     # Not from the last step's own: the Trainer cannot take up a run that has no step left.
     last = _last_complete(out / "checkpoints", before=trainer.args.max_steps)
     with _interruptible(watch), hosts_to_themselves():
+        if last is None and before is not None:
+            before()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.args.max_steps:
         raise KeyboardInterrupt
@@ -271,7 +280,7 @@ def run_trainer(
         tokenizer.save_pretrained(out / "model")
         (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to who loads the model
         write_file(out / "history.json", json.dumps(history, indent=2).encode())
-    metrics = {"steps": trainer.args.max_steps, "last": history[-1]} | dict(facts())
+    metrics = {"steps": trainer.args.max_steps, "last": history[-1], **facts}
     if trainer.accelerator.is_main_process:
         write_file(out / METRICS, json.dumps(metrics, indent=2).encode())
     return metrics
@@ -287,7 +296,7 @@ def show_summary(out: Path, metrics: Mapping[str, Any], names: Mapping[str, str]
     console().print(table)
 
 
-def _last_complete(checkpoints: Path, *, before: float = math.inf) -> Path | None:
+def _last_complete(checkpoints: Path, *, before: float | int = math.inf) -> Path | None:
     """The last checkpoint of a step below `before` that was written to its end."""
     found = {
         int(path.name.removeprefix("checkpoint-")): path
@@ -299,10 +308,19 @@ def _last_complete(checkpoints: Path, *, before: float = math.inf) -> Path | Non
 
 @contextmanager
 def hosts_to_themselves() -> Iterator[None]:
-    """Without what libraries say to each other about names that they will drop, which is nothing to who runs a command."""
+    """Warnings in a line, without what libraries tell each other about names that they will drop."""
+
+    def in_a_line(message: object, *place: object) -> str:
+        return f"trimtab: {message}\n"
+
+    before = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        yield
+        warnings.formatwarning = in_a_line  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            warnings.formatwarning = before
 
 
 class _Watch(TrainerCallback):
@@ -373,13 +391,19 @@ def _interruptible(watch: _Watch) -> Iterator[None]:
 # -- what it would take ----------------------------------------------------------------------------
 
 
-def weight_bytes(model: Any, adapters: Any) -> tuple[int, int]:
-    """Bytes of a model's weights, `adapters` included, and of those among them that are trained."""
-    if adapters is not None:
-        from peft import get_peft_model
+def with_adapters(shapes: Any, training: TrainingSettings) -> Any:
+    """A model on the meta device, with the adapters that training would give it."""
+    adapters = lora_config(training)
+    if adapters is None:
+        return shapes
+    from peft import get_peft_model
 
-        with torch.device("meta"), hosts_to_themselves():
-            model = get_peft_model(model, adapters)
+    with torch.device("meta"), hosts_to_themselves():
+        return get_peft_model(shapes, adapters)
+
+
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of a model's weights, and of those among them that are trained."""
     weights = list(model.parameters())
     return sum(w.nbytes for w in weights), sum(w.nbytes for w in weights if w.requires_grad)
 
@@ -436,6 +460,10 @@ class Plan:
         minutes = f"{self.seconds / 60:.1f} min" if self.seconds is not None else f"not estimated: {self.not_timed}"
         lines = [f"would {self.title}:", *(f"  {fact}" for fact in self.facts), f"  time    {minutes}"]
         for name, parts, beside in (("memory", self.memory, ", and activations"), ("disk", self.disk, "")):
-            listed = ", ".join(f"{part} {size / MIB:,.0f}" for part, size in parts.items() if size)
-            lines.append(f"  {name:<7} {sum(parts.values()) / MIB:,.0f} MiB: {listed}{beside}")
+            listed = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items() if size)
+            lines.append(f"  {name:<7} {_mib(sum(parts.values()))} MiB: {listed}{beside}")
         return "\n".join(lines)
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f}" if size >= 10 * MIB else f"{size / MIB:.2f}"
