@@ -1,4 +1,4 @@
-"""A reference that follows a policy, outside of any trainer: whole models, adapters, shards that are gathered, files."""
+"""A reference that follows a policy, outside of any trainer: whole models, adapters, partitions, files."""
 
 from __future__ import annotations
 
@@ -441,9 +441,9 @@ def test_a_reference_of_another_structure_is_refused() -> None:
     reference = TrustRegionReference.hard(1)
     with pytest.raises(TrimtabError, match=r"model.layers.0.mlp.gate_proj.weight' has shape \[32, 16\].*\[24, 16\]"):
         reference.bind(llama(), llama(intermediate_size=32))
-    with pytest.raises(TrimtabError, match="the policy has no tensor 'model.layers.2"):
+    with pytest.raises(TrimtabError, match=r"the policy has no tensor 'model.layers.2"):
         reference.bind(llama(), llama(num_hidden_layers=3))
-    with pytest.raises(TrimtabError, match="the reference has no tensor 'model.layers.1"):
+    with pytest.raises(TrimtabError, match=r"the reference has no tensor 'model.layers.1"):
         reference.bind(llama(), llama(num_hidden_layers=1))
 
 

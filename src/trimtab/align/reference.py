@@ -56,9 +56,7 @@ class TrustRegionReference:
     step. Raises `TrimtabError` for an unknown `lora`.
     """
 
-    def __init__(
-        self, schedule: UpdateSchedule, *, lora: str = "factors", measure: bool = False
-    ) -> None:
+    def __init__(self, schedule: UpdateSchedule, *, lora: str = "factors", measure: bool = False) -> None:
         if lora not in _KINDS:
             raise unknown("lora", lora, _KINDS)
         self.schedule = schedule
@@ -135,7 +133,7 @@ class TrustRegionReference:
 
     # -- moving ------------------------------------------------------------------------------------
 
-    def update(self, step: int, total_steps: int, margin: float = math.inf) -> bool:
+    def update(self, step: int, total_steps: int, margin: float | int = math.inf) -> bool:
         """Move after optimiser step `step` = 1, 2, … of `total_steps` if the schedule says so; whether it did.
 
         `margin` is the batch's mean h, for a schedule with a threshold.

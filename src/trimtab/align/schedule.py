@@ -74,7 +74,7 @@ class UpdateSchedule:
         tau, last = self.interval(total_steps), min(total_steps, self.stop_step or total_steps)
         return max(0, last // tau - self.start_step // tau)
 
-    def policy_weight(self, step: int, total_steps: int, margin: float = math.inf) -> float:
+    def policy_weight(self, step: int, total_steps: int, margin: float | int = math.inf) -> float:
         """alpha if the reference moves after step `step` = 1, 2, …, else 0; `margin` is the batch's mean h."""
         held_back = self.margin_threshold is not None and not margin >= self.margin_threshold
         outside = step <= self.start_step or (self.stop_step is not None and step > self.stop_step)

@@ -63,6 +63,8 @@ class TrustRegionMixin:
             given["args"].sync_ref_model = False
         super().__init__(**given)
         config = self.args  # type: ignore[attr-defined]
+        if not hasattr(self, "ref_model"):
+            raise TrimtabError(f"{type(self).__name__} has no reference model in its objective that could move.")
         self.reference = reference or TrustRegionReference.mixed(
             config.ref_model_mixup_alpha, config.ref_model_sync_steps
         )
@@ -83,7 +85,7 @@ class TrustRegionMixin:
             self._last_batch = {name: inputs[name] for name in _BATCH}
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if self.model.training:  # type: ignore[attr-defined]
             logs = logs | self._reference_metrics()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -111,9 +113,9 @@ class TrustRegionMixin:
         margins = self._metrics["train"].get("rewards/margins")  # type: ignore[attr-defined]
         return margins[-1] / self.beta if margins else math.inf  # type: ignore[attr-defined]
 
-    def _reference_metrics(self) -> dict[str, float]:
+    def _reference_metrics(self) -> dict[str, float | int]:
         reference, step = self.reference, self.state.global_step  # type: ignore[attr-defined]
-        metrics = {
+        metrics: dict[str, float | int] = {
             "reference/updates": reference.n_updates,
             "reference/steps_since_update": step - reference.last_update,
             "reference/policy_weight": reference.last_weight,
