@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import get_args, no_type_check
 
 from trl import DistillationConfig
 
@@ -20,6 +20,7 @@ from trimtab.distill.rollouts import TrustRegion
 __all__ = ["TRBConfig"]
 
 
+@no_type_check  # most fields are transformers', which takes whole numbers where it says float
 @dataclass
 class TRBConfig(DistillationConfig):
     """`trl.DistillationConfig` with a trust region around the student for the first rollouts.

@@ -87,7 +87,8 @@ def reverse_kl_of_hidden(
         weight = teacher_head.weight.to(_dtype(teacher_hidden))
 
         def of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            theirs = teacher_head.logits(teacher_hidden[rows], weight).to(logits.device)
+            with torch.no_grad():
+                theirs = teacher_head.logits(teacher_hidden[rows], weight).to(logits.device)
             ours, theirs = comparison.alike(student_head.finished(logits), theirs)
             return reverse_kl(ours, theirs, estimator=comparison.estimator, k=comparison.k), entropy(ours.detach().log_softmax(-1))
 

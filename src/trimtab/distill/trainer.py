@@ -197,7 +197,7 @@ class TRBTrainer(DistillationTrainer):
                     f"{'different' if self.comparison.vocab_size else 'equal'} sizes, the loss is the reverse KL, "
                     "beta=1.0."
                 )
-        size = self.comparison.vocab_size or self.model.config.get_text_config().vocab_size
+        size = min(model.config.get_text_config().vocab_size for model in (self.model, self._teacher))
         if self.comparison.estimator != "full" and self.comparison.k > size:
             raise TrimtabError(f"loss_top_k={self.comparison.k} must be at most {size}, the size of the vocabulary.")
         if tokens > size:
@@ -392,7 +392,7 @@ class TRBTrainer(DistillationTrainer):
         metrics["rollout/teacher_entropy"].append(of_entropies / max(n, 1))
         metrics["rollout/student_entropy"].append(metrics["entropy"][-1])
 
-    def _add(self, name: str, total: float, count: float) -> None:
+    def _add(self, name: str, total: float, count: int) -> None:
         self._sums[name][0] += total
         self._sums[name][1] += count
 
