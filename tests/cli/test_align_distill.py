@@ -1,7 +1,8 @@
-"""`trimtab align` and `trimtab distill`, end to end on a tiny model, taken up again, and what they answer to bad input."""
+"""`trimtab align` and `trimtab distill`, end to end on a tiny model, taken up again, and refusing bad input."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -122,6 +123,7 @@ def aligned(bed: Path) -> Path:
     return bed / "aligned"
 
 
+EXACT = {"reference": "soft", "tau": None, "lora_rank": 2, "lora_soft": "exact"}
 SIX = {"steps": 6, "reference": "hard", "tau": 2, "checkpoint_every": 2}
 
 
@@ -145,7 +147,8 @@ def test_the_reference_matters_and_fixed_is_the_hosts_own(bed: Path, aligned: Pa
 
     assert main(align(bed, tmp_path / "fixed", steps=6)) == 0
     assert not equal(tmp_path / "fixed", aligned)
-    assert main(align(bed, tmp_path / "late", **(SIX | {"tau": 7}))) == 0
+    with pytest.warns(UserWarning, match="never moves"):
+        assert main(align(bed, tmp_path / "late", **(SIX | {"tau": 7}))) == 0
     assert equal(tmp_path / "late", tmp_path / "fixed")
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     config = DPOConfig(
@@ -164,7 +167,9 @@ def test_the_reference_matters_and_fixed_is_the_hosts_own(bed: Path, aligned: Pa
     )
     with training.hosts_to_themselves():
         host = DPOTrainer(
-            str(bed / "model"), args=config, train_dataset=datasets.load_dataset("json", data_files=str(bed / "pairs.jsonl"), split="train")
+            str(bed / "model"),
+            args=config,
+            train_dataset=datasets.load_dataset("json", data_files=str(bed / "pairs.jsonl"), split="train"),
         )
         host.train()
     host.save_model(str(tmp_path / "host" / "model"))
@@ -196,7 +201,9 @@ def test_every_loss_goes_with_every_reference(bed: Path, tmp_path: Path, loss: s
 @pytest.mark.parametrize("lora_soft", ["factors", "exact"])
 def test_soft_updates_of_adapters(bed: Path, tmp_path: Path, lora_soft: str) -> None:
     options = {"reference": "soft", "lora_rank": 2, "lora_soft": lora_soft}
-    assert main(align(bed, tmp_path / "run", **options)) == 0
+    approximate = pytest.warns(UserWarning, match="only approximates")
+    with approximate if lora_soft == "factors" else contextlib.nullcontext():
+        assert main(align(bed, tmp_path / "run", **options)) == 0
     assert sorted(path.name for path in (tmp_path / "run" / "model").iterdir() if path.is_dir()) == []
 
 
@@ -263,7 +270,7 @@ def checkpoints(out: Path) -> list[int]:
     return sorted(int(path.parent.name.rpartition("-")[2]) for path in out.glob("checkpoints/*/complete.json"))
 
 
-@pytest.mark.parametrize("reference", [SIX, SIX | {"reference": "soft", "tau": None, "lora_rank": 2}])
+@pytest.mark.parametrize("reference", [SIX, SIX | EXACT], ids=["hard", "soft-lora"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
     bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, Any]
 ) -> None:
@@ -517,7 +524,10 @@ def test_align_refuses_bad_input_in_one_line(
     ("changes", "message"),
     [
         ({"teacher": "nobody/nothing"}, r"model='nobody/nothing' cannot be loaded"),
-        ({"data": "{bed}/texts.jsonl"}, r"columns 'text'; accepted: prompt; messages or conversations; or text together"),
+        (
+            {"data": "{bed}/texts.jsonl"},
+            r"columns 'text'; accepted: prompt; messages or conversations; or text together",
+        ),
         ({"data": "{bed}/texts.jsonl", "prompt_tokens": "99"}, r"prompt_tokens=99: every text of the data is shorter"),
         ({"prompt_tokens": "4"}, r"prompt_tokens=4 is for a column text"),
         ({"system_prompt": "w1"}, r"system_prompt is for conversations"),
@@ -543,14 +553,17 @@ def test_distill_refuses_bad_input_in_one_line(
     ("row", "message"),
     [
         ({"prompt": "w1", "chosen": "w2", "rejected": None}, r"column 'rejected' is empty in 1 examples"),
-        ({"prompt": "w1", "chosen": 3, "rejected": "w2"}, r"column 'chosen' holds int \(3\); accepted: text, or a list"),
+        (
+            {"prompt": "w1", "chosen": 3, "rejected": "w2"},
+            r"column 'chosen' holds int \(3\); accepted: text, or a list",
+        ),
         ({"prompt": "w1", "chosen": talk("chosen", "w2"), "rejected": talk("chosen", "w3")}, r"text in 'prompt', conv"),
     ],
 )
 def test_pairs_that_are_none_are_refused(
     bed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], message: str
 ) -> None:
-    given = [row] if None not in row.values() else [{name: "w1" for name in row}, row]
+    given = [row] if None not in row.values() else [dict.fromkeys(row, "w1"), row]
     data = write(tmp_path / "data.jsonl", given)
     assert re.search(message, refused(align(bed, tmp_path / "o", data=data), capsys))
 
@@ -567,5 +580,7 @@ def test_files_that_are_none_are_refused(bed: Path, tmp_path: Path, capsys: pyte
         assert re.search(message, refused(align(bed, tmp_path / "o", data=tmp_path / "data.jsonl"), capsys))
 
 
-def test_a_masked_model_is_refused(micro_bert: Path, bed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_masked_model_is_refused(
+    micro_bert: Path, bed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "no causal language model" in refused(align(bed, tmp_path / "o", model=micro_bert), capsys)

@@ -34,7 +34,6 @@ from trimtab.cli.training import (
     with_adapters,
 )
 from trimtab.core.errors import TrimtabError
-from trimtab.core.progress import console
 
 __all__ = ["AlignTraining", "ReferenceSettings", "align"]
 

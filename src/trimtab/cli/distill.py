@@ -175,8 +175,8 @@ def distill(
             raise TrimtabError(f"{name}={value} must be at least 1")
     if training.examples_per_step % completions_per_prompt:
         raise TrimtabError(
-            f"completions_per_prompt={completions_per_prompt} must divide the {training.examples_per_step} answers of a "
-            "step (batch_size times gradient_accumulation and processes)"
+            f"completions_per_prompt={completions_per_prompt} must divide the {training.examples_per_step} answers of "
+            "a step (batch_size times gradient_accumulation and processes)"
         )
     policy = rollout.policy()
     shapes, teacher_shapes = (
@@ -194,7 +194,9 @@ def distill(
     examples = examples.select([i for i in range(len(kept)) for _ in range(completions_per_prompt)])
     steps = optimiser_steps(training, len(examples), whole="steps")
     if dry_run:
-        facts = tuple(_facts(len(found), len(kept), completions_per_prompt, longest, answer, policy, rollout, training, steps))
+        facts = tuple(
+            _facts(len(found), len(kept), completions_per_prompt, longest, answer, policy, rollout, training, steps)
+        )
         print(_plan(f"distill {teacher} into {student} ({rollout.rollouts})", facts, shapes, teacher_shapes, training))
         return
     identity = {"command": "distill", "student": student, "teacher": teacher, "prompt_tokens": prompt_tokens}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetsError
 
 from trimtab.core.errors import TrimtabError, unknown
 
@@ -70,7 +71,7 @@ def load_examples(settings: DataSettings, *, seed: int) -> datasets.Dataset:
         examples = _open(settings.data, settings.split)
     except TrimtabError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # Arrow's and pandas's errors are ValueErrors
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # Arrow's and pandas's are ValueErrors
         what = "cannot be read" if Path(settings.data).exists() else "is neither a file nor a dataset to be had"
         raise TrimtabError(f"data={settings.data!r} {what}: {error.__cause__ or error}") from error
     if not len(examples):
@@ -153,7 +154,9 @@ def labelled_completions(examples: datasets.Dataset, tokenizer: Any, *, seed: in
     if not labels <= {False, True}:  # 0 and 1 equal them
         raise TrimtabError(f"column 'label' holds {_some(labels)}; accepted: true (desirable) and false")
     if len(labels) < 2:
-        raise TrimtabError(f"column 'label' is {labels.pop()} everywhere; accepted: both desirable and undesirable ones")
+        raise TrimtabError(
+            f"column 'label' is {labels.pop()} everywhere; accepted: both desirable and undesirable ones"
+        )
     labelled = examples.select_columns(["prompt", "completion", "label"])
     return labelled.cast_column("label", datasets.Value("bool")).shuffle(seed=seed)
 

@@ -156,15 +156,17 @@ def optimiser_steps(training: TrainingSettings, examples: int, *, whole: Literal
     unit = {"none": 1, "batches": per_batch, "steps": training.examples_per_step}[whole]
     if examples < unit:
         what = "one batch" if whole == "batches" else "the batches of one step"
-        raise TrimtabError(f"batch_size={training.batch_size}: {examples} examples do not fill {what}, which takes {unit}")
+        raise TrimtabError(
+            f"batch_size={training.batch_size}: {examples} examples do not fill {what}, which takes {unit}"
+        )
     batches = (examples // unit * unit) / per_batch
     steps = training.steps or math.ceil(
         training.epochs * math.ceil(math.ceil(batches) / training.gradient_accumulation)
     )
     if training.learning_rate_warmup >= max(steps, 2):
         raise TrimtabError(
-            f"learning_rate_warmup={training.learning_rate_warmup:g} must be below the run's {steps} steps; below 1, it "
-            "is a share of them"
+            f"learning_rate_warmup={training.learning_rate_warmup:g} must be below the run's {steps} steps; below 1, "
+            "it is a share of them"
         )
     return steps
 
@@ -187,9 +189,9 @@ def trl_arguments(training: TrainingSettings, out: Path, steps: int) -> dict[str
         _CHECKPOINTING: training.gradient_checkpointing,
         "seed": training.seed,
         "save_strategy": "steps",
-        "save_steps": training.checkpoint_every,
+        "save_steps": float(training.checkpoint_every),
         "save_total_limit": training.keep_last,
-        "logging_steps": training.log_every,
+        "logging_steps": float(training.log_every),
         "report_to": list(training.report_to) or "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.accelerator.is_available(),
@@ -213,7 +215,7 @@ def lora_config(training: TrainingSettings) -> Any:
 def finished_metrics(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The metrics of the run in `out` if it is finished, after checking that it is the run of `identity`.
 
-    Raises TrimtabError if it is one of other options that has got as far as a checkpoint: the first difference is named.
+    Raises TrimtabError if it is one of other options, and got as far as a checkpoint: the first difference is named.
     """
     mine, path = _plain(identity), out / RUN
     begun = _last_complete(out / "checkpoints") is not None or (out / METRICS).exists()
@@ -273,16 +275,20 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.args.max_steps:
         raise KeyboardInterrupt
-    # The summary that the Trainer logs at the end is of the steps since the run was taken up.
-    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    # The summary that the Trainer logs at the end, and TRL's count of tokens, begin anew where the run was taken up.
+    history = [
+        {name: value for name, value in entry.items() if name != "num_tokens"}
+        for entry in trainer.state.log_history
+        if "train_runtime" not in entry
+    ]
     trainer.save_model(str(out / "model"))
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(out / "model")
         (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to who loads the model
-        write_file(out / "history.json", json.dumps(history, indent=2).encode())
+        write_file(out / "history.json", json.dumps(history, indent=2, sort_keys=True).encode())
     metrics = {"steps": trainer.args.max_steps, "last": history[-1], **facts}
     if trainer.accelerator.is_main_process:
-        write_file(out / METRICS, json.dumps(metrics, indent=2).encode())
+        write_file(out / METRICS, json.dumps(metrics, indent=2, sort_keys=True).encode())
     return metrics
 
 
@@ -342,10 +348,10 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if self._bar is not None:
             self._bar.advance(1, self._note)
-        if state.global_step == state.max_steps:
-            control.should_log = True  # whatever `log_every` is, the last step is in the history
         if self.stop:
             control.should_save = control.should_training_stop = True
+        # What the Trainer has summed up since it last logged is in no checkpoint; the last step is saved as well.
+        control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._accelerator.wait_for_everyone()
@@ -423,7 +429,7 @@ def seconds_per_step(trainer: Callable[..., Any], steps: int) -> float:
         trial = trainer(Path(aside), min(steps, 3), save_strategy="no", report_to="none")
         trial.remove_callback(PrinterCallback)
         trial.add_callback(clock := _Clock())
-        with hosts_to_themselves():
+        with warnings.catch_warnings(action="ignore"):  # the plan says what there is to say
             trial.train()
     first, last = clock.ends[min(1, len(clock.ends) - 2)], clock.ends[-1]
     return (last - first) / max(len(clock.ends) - 2, 1)
