@@ -93,21 +93,20 @@ class ReferenceSettings:
         """The library's reference; None if it is fixed."""
         if self.reference == "fixed":
             return None
-        from trimtab.align import TrustRegionReference as Reference
+        from trimtab.align.reference import TrustRegionReference as Reference
 
         options: dict[str, Any] = {"lora": self.lora_soft, "measure": measure}
-        alpha = {} if self.alpha is None else {"alpha": self.alpha}
-        tau = {} if self.tau is None else {"tau": self.tau}
+        options |= {} if self.alpha is None else {"alpha": self.alpha}
+        options |= {} if self.tau is None else {"tau": self.tau}
+        options |= {} if self.every is None else {"fraction": self.every}
         match self.reference:
             case "soft":
-                return Reference.soft(**alpha, **options)
+                return Reference.soft(**options)
             case "hard":
-                return Reference.hard(**tau, **options)
+                return Reference.hard(**options)
             case "mixed":
-                return Reference.mixed(**alpha, **tau, **options)
-            case "every":
-                return Reference.every(self.every, **alpha, **options)
-        return None
+                return Reference.mixed(**options)
+        return Reference.every(**options)
 
 
 def align(
@@ -209,7 +208,7 @@ def _trainer(
     shared = {"args": config, "train_dataset": examples, "processing_class": tokenizer, "peft_config": adapters}
     if moving is None:
         return (trl.KTOTrainer if loss == "kto" else trl.DPOTrainer)(policy, **shared)
-    from trimtab.align import TRDPOTrainer, TRKTOTrainer
+    from trimtab.align.trainer import TRDPOTrainer, TRKTOTrainer
 
     return (TRKTOTrainer if loss == "kto" else TRDPOTrainer)(policy, reference=moving, **shared)
 

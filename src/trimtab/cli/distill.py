@@ -210,13 +210,14 @@ def distill(
 
         arguments = trl_arguments(training, out, steps) | {"max_completion_length": answer, "shuffle_dataset": False}
         arguments |= asdict(loss) | {"trust_remote_code": trust_remote_code}
-        models = [
+        model, teacher_model = (
             load_model_on_cpu(name, dtype, trust_remote_code=trust_remote_code)
             for name, dtype in ((student, training.dtype), (teacher, teacher_dtype or training.dtype))
-        ]
+        )
         with hosts_to_themselves():
             trainer = TRBTrainer(
-                *models,
+                model=model,
+                teacher_model=teacher_model,
                 args=TRBConfig(**arguments),
                 train_dataset=examples,
                 processing_class=tokenizer,

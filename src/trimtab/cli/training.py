@@ -372,7 +372,7 @@ class _Watch(TrainerCallback):
 @contextmanager
 def _interruptible(watch: _Watch) -> Iterator[None]:
     """The first SIGINT or SIGTERM asks `watch` to stop after the step; the second one stops."""
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def restore() -> None:
         while previous:
