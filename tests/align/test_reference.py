@@ -189,6 +189,41 @@ def test_the_first_reference_of_an_adapter_that_was_trained_is_its_copy() -> Non
     assert torch.equal(logits(model, "ref"), logits(model))
 
 
+@pytest.mark.parametrize("kind", ["factors", "exact"])
+def test_a_reference_that_is_there_stays_as_it_is(kind: str) -> None:
+    model = lora()
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=TARGETS))
+    perturb(model, 1, "default")
+    perturb(model, 2, "ref")
+    before = logits(model, "ref")
+    TrustRegionReference.soft(0.4, lora=kind).bind(model)
+    torch.testing.assert_close(logits(model, "ref"), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_reference_takes_nothing_out_of_the_base(init: str) -> None:
+    """These begin an adapter by a decomposition of the base's weights, which they change."""
+    model = lora(init_lora_weights=init)
+    before = logits(model)
+    TrustRegionReference.hard(1).bind(model)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model, "ref"), before)
+
+
+@pytest.mark.parametrize("then", ["factors", "exact"])
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_second_run_forgets_the_dense_average_of_the_first(then: str, deleted: bool) -> None:
+    model = lora()
+    first = TrustRegionReference.soft(0.4, lora="exact")
+    first.bind(model)
+    perturb(model, 1, "default")
+    first.update(1, 1)
+    if deleted:
+        model.delete_adapter("ref")
+    TrustRegionReference.soft(0.4, lora=then).bind(model)
+    torch.testing.assert_close(logits(model, "ref"), logits(model), atol=1e-5, rtol=1e-5)
+
+
 def test_a_hard_update_copies_the_factors_alone() -> None:
     model = lora()
     reference = TrustRegionReference.hard(1)
@@ -291,7 +326,7 @@ class FakeZero:
         for index, tensor in enumerate(module.parameters()):
             tensor.ds_id, tensor.ds_shape = index, tensor.shape  # type: ignore[attr-defined]
             self.whole[tensor] = tensor.detach().clone()
-            tensor.data = torch.empty(0)
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
         return module
 
     @contextmanager
@@ -304,7 +339,7 @@ class FakeZero:
         for tensor in tensors:
             if self.rank == 0:
                 self.whole[tensor] = tensor.detach().clone()
-            tensor.data = torch.empty(0)
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -338,6 +373,29 @@ def test_partitions_of_both_models_are_gathered_and_the_first_process_writes(
         other.bind(policy, again)
         other.load(tmp_path / FILE)
         assert all(torch.allclose(fake.whole[t], expected[n]) for n, t in again.named_parameters())
+
+
+def test_a_bfloat16_reference_in_partitions_goes_on_from_its_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake, module = FakeZero(0), types.ModuleType("deepspeed")
+    module.zero = fake  # type: ignore[attr-defined]
+    module.comm = types.SimpleNamespace(get_rank=lambda: 0)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed", module)
+    policy = fake.partition(llama(0).bfloat16())
+    found = []
+    for seed in (1, 2):
+        reference = TrustRegionReference.soft(0.25)
+        reference.bind(policy, fake.partition(llama(seed).bfloat16()))
+        if seed == 2:
+            reference.load(tmp_path / FILE)
+        else:
+            reference.update(1, 2)
+            reference.save(tmp_path / FILE)
+        reference.update(2, 2)
+        found.append(reference._masters)
+    assert len(found[0]) > 0
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -451,6 +509,10 @@ def test_a_reference_that_is_the_policy_is_refused() -> None:
     policy = llama()
     with pytest.raises(TrimtabError, match="must be a copy"):
         TrustRegionReference.hard(1).bind(policy, policy)
+    model = llama(1)
+    model.model.norm.weight.data = policy.model.norm.weight.data
+    with pytest.raises(TrimtabError, match=r"'model.norm.weight' is shared"):
+        TrustRegionReference.hard(1).bind(policy, model)
 
 
 def test_nothing_to_follow_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import (
@@ -266,6 +266,43 @@ def test_a_margin_holds_updates_back(tmp_path: Path) -> None:
     assert 1 <= trainer.reference.n_updates < 4  # at the first step the margin is 0
 
 
+def test_the_margin_is_that_of_all_micro_batches_of_a_step(tmp_path: Path) -> None:
+    options = {"train_sampling_strategy": "sequential", "max_steps": 3, "logging_steps": 2}
+    whole = dpo(tmp_path, TrustRegionReference.hard(3), **options)
+    parts = dpo(
+        tmp_path,
+        TrustRegionReference.hard(3),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        **options,
+    )
+    found: dict[str, list[float]] = {"whole": [], "parts": []}
+    for name, trainer in (("whole", whole), ("parts", parts)):
+        update = trainer.reference.update
+
+        def watch(step: int, total: int, margin: float, name: str = name, update: Any = update) -> bool:
+            found[name].append(margin)
+            return update(step, total, margin)
+
+        trainer.reference.update = watch
+        trainer.train()
+    assert found["whole"][2] > 0.01
+    assert found["parts"] == pytest.approx(found["whole"], rel=1e-3, abs=1e-6)
+
+
+def test_an_unknown_margin_holds_updates_back(tmp_path: Path) -> None:
+    schedule = UpdateSchedule(alpha=1, tau=1, margin_threshold=-1e9)
+    trainer = TRKTOTrainer(
+        model(),
+        args=settings(KTOConfig, tmp_path, max_steps=2),
+        train_dataset=RATED.filter(lambda row: row["label"]),
+        processing_class=TOKENIZER,
+        reference=TrustRegionReference(schedule),
+    )
+    trainer.train()
+    assert trainer.reference.n_updates == 0
+
+
 def test_conversations_by_a_chat_template(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = TEMPLATE
@@ -351,6 +388,13 @@ def test_what_is_saved_is_the_policy_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
 
 
+def test_a_checkpoint_of_the_model_alone_has_no_reference(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    dpo(tmp_path, TrustRegionReference.hard(1), max_steps=1, **options).train()
+    assert (tmp_path / "checkpoint-1").exists()
+    assert not (tmp_path / "checkpoint-1" / FILE).exists()
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
     dpo(tmp_path, save_strategy="steps", save_steps=2).train()
     with pytest.raises(TrimtabError, match=f"{FILE} is missing"):
@@ -395,7 +439,7 @@ def test_measured_logs_agree_with_a_count_by_hand(peft: bool, tmp_path: Path) ->
     assert log["reference/margin_current"] < log["reference/margin_initial"]
     assert log["reference/distance"] > 0
     curve = reward_kl_curve(trainer.state.log_history)
-    assert [step for step, _, _ in curve][:4] == [1, 2, 3, 4]
+    assert [step for step, _, _ in curve] == [1, 2, 3, 4]
     assert curve[3][1:] == (log["reference/kl_initial"], log["reference/margin_initial"])
 
 
@@ -432,6 +476,38 @@ def test_trls_own_update_is_switched_off_with_a_warning(peft: bool, tmp_path: Pa
     trainer.train()
     assert trainer.reference.n_updates == 1
     assert not any(type(each).__name__ == "SyncRefModelCallback" for each in trainer.callback_handler.callbacks)
+
+
+def test_adapters_that_trl_would_copy_wrongly_are_refused(tmp_path: Path) -> None:
+    def begin(adapted: Any) -> None:
+        args = settings(DPOConfig, tmp_path)
+        TRDPOTrainer(adapted, args=args, train_dataset=PAIRS, processing_class=TOKENIZER)
+
+    with pytest.raises(TrimtabError, match="init_lora_weights='pissa' takes the adapter out of the base"):
+        begin(get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")))
+    twice = get_peft_model(model(), ADAPTER)
+    twice.add_adapter("ref", ADAPTER)
+    with pytest.raises(TrimtabError, match="delete_adapter"):
+        begin(twice)
+
+
+def test_an_online_trainer_has_no_margin_to_wait_for(tmp_path: Path) -> None:
+    args = settings(GRPOConfig, tmp_path, num_generations=2)
+    reference = TrustRegionReference(UpdateSchedule(alpha=1, tau=1, margin_threshold=1.0))
+    with pytest.raises(TrimtabError, match="margin_threshold is for preference trainers"):
+        TRGRPOTrainer(
+            model(),
+            reward_funcs=len,
+            args=args,
+            train_dataset=PAIRS,
+            processing_class=copy.deepcopy(TOKENIZER),
+            reference=reference,
+        )
+
+
+def test_grpo_without_settings_has_no_divergence() -> None:
+    with pytest.raises(TrimtabError, match="no KL term"):
+        TRGRPOTrainer(model(), reward_funcs=len, train_dataset=PAIRS, processing_class=TOKENIZER)
 
 
 @pytest.mark.parametrize(("trainer", "config"), [(TRGRPOTrainer, GRPOConfig), (TRRLOOTrainer, RLOOConfig)])

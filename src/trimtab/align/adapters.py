@@ -32,6 +32,8 @@ REFERENCE_ADAPTER = "ref"
 def add_reference_adapter(model: Any) -> str:
     """Give a PeftModel the adapter "ref", a copy of its active one, unless it is there; the active one's name.
 
+    A "ref" that an earlier run left with a dense average begins anew as a copy.
+
     Raises `TrimtabError` for adapters of which a second one is no reference: prompt learning, AdaLoRA, trained biases
     of the base, and several at once.
     """
@@ -46,10 +48,16 @@ def add_reference_adapter(model: Any) -> str:
         raise TrimtabError("An AdaLoRA policy prunes ranks of its own adapter, which a reference cannot follow.")
     if getattr(config, "bias", "none") != "none":
         raise TrimtabError(f"bias={config.bias!r} trains the base's biases, which the reference shares: use 'none'.")
-    if REFERENCE_ADAPTER not in model.peft_config:
+    is_new = REFERENCE_ADAPTER not in model.peft_config
+    if is_new:
+        config = copy.deepcopy(config)
+        if hasattr(config, "init_lora_weights"):
+            # PiSSA, OLoRA and their like take what an adapter begins with out of the base's weights, which is done.
+            config.init_lora_weights = True
         # A fixed reference makes no draws, and runs with and without an update must see the same ones.
         with torch.random.fork_rng():
-            model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(config))
+            model.add_adapter(REFERENCE_ADAPTER, config)
+    if _forget_dense_deltas(model) or is_new:
         for pair in adapter_pairs(model, policy):
             pair.reference.data = pair.policy.detach().clone()
     for pair in adapter_pairs(model, policy):
@@ -73,8 +81,8 @@ class DenseDelta:
 
     def __init__(self, name: str, layer: Any, policy: str) -> None:
         self.name, self.layer, self.policy = name, layer, policy
-        self.value = torch.zeros(layer.out_features, layer.in_features, device=layer.lora_A[policy].weight.device)
-        self.move(1.0)
+        B, A, scale = self._factors(REFERENCE_ADAPTER)
+        self.value = (scale * B @ A).detach()
         # The adapter "ref" itself then adds nothing.
         layer.lora_B[REFERENCE_ADAPTER].weight.data.zero_()
         layer.register_forward_hook(self._add)
@@ -82,18 +90,18 @@ class DenseDelta:
     @torch.no_grad()
     def move(self, policy_weight: float) -> None:
         """Delta_ref <- alpha s B A + (1 - alpha) Delta_ref."""
-        B, A, scale = self._policy_factors()
+        B, A, scale = self._factors(self.policy)
         torch.addmm(self.value, B, A, beta=1 - policy_weight, alpha=policy_weight * scale, out=self.value)
 
     @torch.no_grad()
     def distance_squared(self) -> float:
         """|s B A - Delta_ref|^2."""
-        B, A, scale = self._policy_factors()
+        B, A, scale = self._factors(self.policy)
         return float((scale * B @ A - self.value).square().sum())
 
-    def _policy_factors(self) -> tuple[Tensor, Tensor, float]:
-        layer, policy = self.layer, self.policy
-        return layer.lora_B[policy].weight.float(), layer.lora_A[policy].weight.float(), layer.scaling[policy]
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        layer = self.layer
+        return layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float(), layer.scaling[adapter]
 
     def _add(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if layer.disable_adapters or list(layer.active_adapters) != [REFERENCE_ADAPTER]:
@@ -119,3 +127,14 @@ def dense_deltas(model: nn.Module, policy: str) -> list[DenseDelta]:
     if not deltas:
         raise TrimtabError("lora='exact' is for a LoRA policy, and this adapter is none: use lora='factors'.")
     return deltas
+
+
+def _forget_dense_deltas(model: nn.Module) -> bool:
+    """Take off the dense averages of an earlier run; whether there were any."""
+    found = False
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), DenseDelta):
+                del module._forward_hooks[key]
+                found = True
+    return found

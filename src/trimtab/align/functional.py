@@ -107,9 +107,13 @@ def trust_region_lerp_(
     if policy_weight == 1:
         torch._foreach_copy_(targets, sources)
         return
-    # A product in the reference's dtype would round what is added; sources are few where dtypes differ.
-    sources = [s if s.dtype == t.dtype else s.to(t.dtype) for s, t in zip(sources, targets, strict=True)]
-    torch._foreach_lerp_(targets, sources, policy_weight)
+    pairs = list(zip(targets, sources, strict=True))
+    alike = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
+    if alike:
+        torch._foreach_lerp_([target for target, _ in alike], [source for _, source in alike], policy_weight)
+    for target, source in pairs:
+        if target.dtype != source.dtype:  # one at a time: all at once would be another policy in memory
+            target.lerp_(source.to(target.dtype), policy_weight)
 
 
 def _check_beta(beta: float | int) -> None:

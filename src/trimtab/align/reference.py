@@ -185,11 +185,14 @@ class TrustRegionReference:
 
     def save(self, path: str | Path, *, writes: bool = True) -> None:
         """Write the reference and its count of updates to `path`; every process of a run calls it, one `writes`."""
-        tensors = {name: whole(tensor) for name, tensor in self._held().items()}
-        tensors |= {name: whole(master) for name, master in self._masters.items()}
-        counts = {name: str(getattr(self, name)) for name in _COUNTS}
+        tensors = {}
+        for name, tensor in (self._held() | self._masters).items():
+            value = whole(tensor, keep=writes)
+            if value is not None:
+                tensors[name] = value
         if writes:
-            write_file(Path(path), to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, counts))
+            counts = {name: str(getattr(self, name)) for name in _COUNTS}
+            write_file(Path(path), to_bytes(tensors, counts))
 
     def load(self, path: str | Path) -> None:
         """Go on from what `save` wrote.
@@ -212,8 +215,10 @@ class TrustRegionReference:
                         raise TrimtabError(f"{path} is no reference of this policy: {name!r} has shape {shapes}.")
                     write(tensor, value)
                     if tensor.dtype in _HALVES and value.dtype == torch.float32:
-                        self._masters[name] = tensor.float()
-                        write(self._masters[name], value)
+                        with gathered([tensor]) as mine:
+                            if mine:
+                                self._masters[name] = tensor.float()
+                                write(self._masters[name], value)
         except FileNotFoundError as error:
             raise TrimtabError(
                 f"{path} is missing: the checkpoint holds no reference that moved, and to begin anew from the initial "
@@ -227,16 +232,19 @@ class TrustRegionReference:
     @contextlib.contextmanager
     def as_at_first(self) -> Iterator[None]:
         """The initial reference in the place of the current one, which comes back at the end."""
-        held = self._held()
-        current = {name: tensor.detach().clone() for name, tensor in held.items()}
-        with torch.no_grad():
-            try:
-                for name, tensor in held.items():
-                    tensor.copy_(self._initial[name])
-                yield
-            finally:
-                for name, tensor in held.items():
-                    tensor.copy_(current[name])
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the current reference and the initial one, at the memory of one tensor."""
+        for name, tensor in self._held().items():
+            current = tensor.clone()
+            tensor.copy_(self._initial[name])
+            self._initial[name].copy_(current)
 
     @torch.no_grad()
     def distance(self) -> float:

@@ -38,7 +38,7 @@ class UpdateSchedule:
     """
 
     alpha: float | int = 0.6
-    tau: int | None = 1
+    tau: int | float | None = 1
     fraction: float | int | None = None
     start_step: int = 0
     stop_step: int | None = None
@@ -51,7 +51,7 @@ class UpdateSchedule:
             warnings.warn("alpha=0: the reference never moves, as without a trust region.", stacklevel=3)
         if (self.tau is None) == (self.fraction is None):
             raise TrimtabError(f"tau={self.tau} and fraction={self.fraction}: one of the two is given.")
-        if self.tau is not None and (isinstance(self.tau, bool) or int(self.tau) != self.tau or self.tau < 1):
+        if self.tau is not None and (isinstance(self.tau, bool) or not isinstance(self.tau, int) or self.tau < 1):
             raise TrimtabError(f"tau={self.tau} must be an integer, 1 or more (optimiser steps).")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise TrimtabError(f"fraction={self.fraction} must lie in (0, 1]: it is a share of the run.")
@@ -65,7 +65,7 @@ class UpdateSchedule:
 
     def interval(self, total_steps: int) -> int:
         """tau in optimiser steps, of a run of `total_steps`."""
-        return self.tau if self.tau is not None else max(1, round(self.fraction * total_steps))  # type: ignore[operator]
+        return int(self.tau) if self.tau is not None else max(1, round(self.fraction * total_steps))  # type: ignore[operator]
 
     def updates(self, total_steps: int) -> int:
         """How many updates a run of `total_steps` sees, if no threshold holds one back."""

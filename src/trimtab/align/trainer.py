@@ -30,6 +30,7 @@ from trimtab.core.errors import TrimtabError
 __all__ = ["TRDPOTrainer", "TRGRPOTrainer", "TRKTOTrainer", "TRRLOOTrainer", "TrustRegionMixin"]
 
 _BATCH = ("input_ids", "attention_mask", "completion_mask")
+_DECOMPOSING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class TrustRegionMixin:
@@ -52,7 +53,8 @@ class TrustRegionMixin:
     def __init__(self, *args: Any, reference: TrustRegionReference | None = None, **kwargs: Any) -> None:
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         settings = given.get("args")
-        _refuse_fixed(settings)
+        _refuse_fixed(self, settings)
+        _refuse_adapter(given.get("model"))
         if getattr(settings, "sync_ref_model", False):
             warnings.warn(
                 "sync_ref_model=True is TRL's update of the reference; it is switched off, and `reference` of the "
@@ -69,7 +71,10 @@ class TrustRegionMixin:
             config.ref_model_mixup_alpha, config.ref_model_sync_steps
         )
         self._resumed_from: str | None = None
+        self._margins_before = 0
         self._last_batch: Mapping[str, Tensor] | None = None
+        if self.reference.schedule.margin_threshold is not None and isinstance(self, GRPOTrainer | RLOOTrainer):
+            raise TrimtabError("margin_threshold is for preference trainers (DPO, KTO): an online one has no margin.")
         if self.reference.measure:
             _refuse_unmeasured(self)
         self.reference.bind(self.model, self.ref_model)  # type: ignore[attr-defined]
@@ -86,16 +91,17 @@ class TrustRegionMixin:
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        if self.model.training:  # type: ignore[attr-defined]
+        if "loss" in logs:  # a step's, and neither an evaluation's nor the run's
             logs = logs | self._reference_metrics()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Before the host's own files, among which the trainer's state, without which nothing is resumed, comes last.
-        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
-        if self.args.should_save:  # type: ignore[attr-defined]
-            folder.mkdir(parents=True, exist_ok=True)
-        self.reference.save(folder / FILE, writes=self.args.should_save)  # type: ignore[attr-defined]
+        if not self.args.save_only_model:  # type: ignore[attr-defined]
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")  # type: ignore[attr-defined]
+            if self.args.should_save:  # type: ignore[attr-defined]
+                folder.mkdir(parents=True, exist_ok=True)
+            self.reference.save(folder / FILE, writes=self.args.should_save)  # type: ignore[attr-defined]
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -108,10 +114,14 @@ class TrustRegionMixin:
             if hidden is not None:
                 adapters[REFERENCE_ADAPTER] = hidden
 
+    def _margins(self) -> list[float]:
+        """The margins of TRL's rewards in the micro-batches since its last log."""
+        return self._metrics["train"].get("rewards/margins", [])  # type: ignore[attr-defined, no-any-return]
+
     def _margin(self) -> float:
-        """The last batch's mean h in nats, by TRL's rewards; inf for trainers without margins."""
-        margins = self._metrics["train"].get("rewards/margins")  # type: ignore[attr-defined]
-        return margins[-1] / self.beta if margins else math.inf  # type: ignore[attr-defined]
+        """Mean h over the step's micro-batches in nats; nan if none has pairs, or both kinds of completions."""
+        margins = self._margins()[self._margins_before :]
+        return sum(margins) / len(margins) / self.beta if margins else math.nan  # type: ignore[attr-defined]
 
     def _reference_metrics(self) -> dict[str, float | int]:
         reference, step = self.reference, self.state.global_step  # type: ignore[attr-defined]
@@ -186,28 +196,48 @@ class _Update(TrainerCallback):
                 stacklevel=2,
             )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._margins_before = len(self.trainer._margins())
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.reference.update(state.global_step, state.max_steps, self.trainer._margin())
 
 
-def _refuse_fixed(settings: Any) -> None:
+def _refuse_fixed(trainer: Any, settings: Any) -> None:
     """Refuse settings under which the objective has no reference, or one that cannot move."""
-    if settings is None:
-        return
+    default = GRPOConfig if isinstance(trainer, GRPOTrainer) else RLOOConfig
+    if isinstance(trainer, GRPOTrainer | RLOOTrainer) and (settings or default).beta == 0:
+        raise TrimtabError("beta=0.0: the objective has no KL term, so there is no reference. Set beta above 0.")
     if getattr(settings, "precompute_ref_log_probs", False):
         raise TrimtabError(
             "precompute_ref_log_probs=True computes the reference's log-probabilities once, before training, and a "
             "trust region's reference moves: set it to False."
         )
-    if isinstance(settings, GRPOConfig | RLOOConfig) and settings.beta == 0:
-        raise TrimtabError("beta=0.0: the objective has no KL term, so there is no reference. Set beta above 0.")
     losses = getattr(settings, "loss_type", None)
     if losses in ("sft", ["sft"]):
         raise TrimtabError(f"loss_type={losses!r} never looks at the reference: add a preference loss.")
 
 
+def _refuse_adapter(model: Any) -> None:
+    """Refuse a PeftModel on which TRL, which copies its adapter before we see it, would fail or change the base."""
+    configs = getattr(model, "peft_config", {})
+    if REFERENCE_ADAPTER in configs:
+        raise TrimtabError(
+            'The model has an adapter "ref" already, of an earlier run: call model.delete_adapter("ref").'
+        )
+    for config in configs.values():
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(_DECOMPOSING):
+            raise TrimtabError(
+                f"init_lora_weights={init!r} takes the adapter out of the base's weights, and TRL's copy of the adapter "
+                "would do so again: give the trainer the base model and peft_config."
+            )
+
+
 def _refuse_unmeasured(trainer: Any) -> None:
     if not isinstance(trainer, DPOTrainer | KTOTrainer):
         raise TrimtabError("measure=True reads preference batches (DPO, KTO); an online trainer logs its KL itself.")
+    if trainer._is_vision_dataset:
+        raise TrimtabError("measure=True reads text alone, and this data set has images.")
     if trainer.is_deepspeed_enabled:
         raise TrimtabError("measure=True swaps the initial reference in, which DeepSpeed's partitions do not allow.")

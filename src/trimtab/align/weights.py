@@ -54,7 +54,7 @@ def pairs_by_name(reference: Mapping[str, Tensor], policy: Mapping[str, Tensor])
             raise TrimtabError(
                 f"Tensor {name!r} has shape {full_shape(ours)} in the reference and {full_shape(theirs)} in the policy."
             )
-        if ours is theirs:
+        if ours is theirs or _address(ours) == _address(theirs) != 0:
             raise TrimtabError(f"Tensor {name!r} is shared by reference and policy: the reference must be a copy.")
     return pairs
 
@@ -92,11 +92,11 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
         yield deepspeed.comm.get_rank() == 0
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, gathered if it is sharded; every process takes part."""
+def whole(tensor: Tensor, *, keep: bool = True) -> Tensor | None:
+    """The tensor on the CPU, gathered if it is sharded; every process takes part, and has it if it is to `keep` it."""
     with gathered([tensor]):
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True).contiguous() if keep else None
 
 
 @torch.no_grad()
@@ -115,6 +115,12 @@ def write(tensor: Tensor, value: Tensor) -> None:
 def full_shape(tensor: Tensor) -> list[int]:
     """The shape of the whole tensor, of which this process may hold a part."""
     return list(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where this process holds the tensor; 0 if it holds nothing of it."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def _layout(tensor: Tensor) -> str:
