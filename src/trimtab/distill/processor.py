@@ -9,8 +9,8 @@ with its own cache, and the next token is sampled from what a `RolloutPolicy` ma
 Of each step, with l_S and l_T the two models' logits and tau the temperature: both are divided by tau, brought to one
 vocabulary with one stop id (`trimtab.distill.eos`), normalised to log p and log q, and the scores become log mu. They
 are final: nothing may follow, so `generate` samples at temperature 1 and without top-k or top-p, while what goes
-before (suppressed tokens, least lengths) acts on the student. A policy that needs no teacher leaves the scores as
-they are and never calls it.
+before (suppressed tokens, least lengths) acts on the student. A policy that needs no teacher never calls it,
+and leaves the scores as they are but for a temperature other than 1 and ids that the student must not write.
 
 Rows that have stopped are not solved; the teacher goes on in them with tokens that nobody reads.
 """
