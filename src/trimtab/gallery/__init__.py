@@ -21,6 +21,7 @@ _MODULES: dict[str, str] = {
     "kron-sae": "kron_sae",
     "hierarchical-topk": "hierarchical_topk",
     "sae-boost": "sae_boost",
+    "trb": "trb",
 }
 
 
