@@ -133,8 +133,9 @@ def _write(
         with torch.no_grad():
             teacher_logits = bed.teacher.logits(teacher_state).unflatten(1, (arms, -1))
             log_mu = _log_mu(policies, logits, teacher_logits, step)
-            gumbel = torch.stack([torch.empty_like(log_mu[0, 0]).exponential_(generator=g) for g in noise])
-            token = (log_mu - gumbel.log().unsqueeze(1)).argmax(-1)
+            # With E exponential, -log E is Gumbel noise: the largest log mu - log E is a draw from mu.
+            drawn = torch.stack([torch.empty_like(log_mu[0, 0]).exponential_(generator=g) for g in noise])
+            token = (log_mu - drawn.log().unsqueeze(1)).argmax(-1)
             teacher_state = bed.teacher.advance(teacher_state, token.flatten(1))
         state = student.advance(state, token)
         tokens.append(token)
