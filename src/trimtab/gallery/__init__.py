@@ -22,6 +22,7 @@ _MODULES: dict[str, str] = {
     "hierarchical-topk": "hierarchical_topk",
     "sae-boost": "sae_boost",
     "tr-align": "tr_align",
+    "trb": "trb",
 }
 
 
