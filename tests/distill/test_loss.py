@@ -61,9 +61,7 @@ def test_value_and_gradients_are_those_of_whole_logits(estimator: str, stop_ids:
     x, y = made(teacher_vocab=VOCAB + 2), made(teacher_vocab=VOCAB + 2)
     size = VOCAB - 1
     comparison = Comparison(estimator, 4, 1.7, stop_ids, size)
-    total, entropies = reverse_kl_of_hidden(
-        x["hidden"], heads(x)[0], x["teacher_hidden"], heads(x)[1], comparison
-    )
+    total, entropies = reverse_kl_of_hidden(x["hidden"], heads(x)[0], x["teacher_hidden"], heads(x)[1], comparison)
     ours, theirs = canonicalise(*(logits / 1.7 for logits in whole_logits(y)), stop_ids, size)
     wanted = reverse_kl(ours, theirs, estimator=estimator, k=4)
     torch.testing.assert_close(total, wanted.sum())

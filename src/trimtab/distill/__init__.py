@@ -1,7 +1,8 @@
 """Distillation on what the student itself writes, at first with the teacher's help.
 
 `functional` holds the loss on tensors, `eos` what makes one vocabulary of two models', `rollouts` who writes the
-prefixes, `processor` the two-model decoding inside transformers' `generate`, with the teacher of `decoder`.
+prefixes, `processor` the two-model decoding inside transformers' `generate`, with the teacher of `decoder`. `trainer`
+is TRL's trainer with all of it, `config` its settings, `loss` its loss of hidden states, `sft_warmup` a baseline.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 __all__ = [
     "StopIds",
+    "TRBConfig",
+    "TRBTrainer",
     "TeacherGuided",
     "TrustRegion",
     "TrustRegionBlend",
@@ -20,6 +23,8 @@ __all__ = [
 
 _MODULES = {
     "StopIds": "eos",
+    "TRBConfig": "config",
+    "TRBTrainer": "trainer",
     "TeacherGuided": "processor",
     "TrustRegion": "rollouts",
     "TrustRegionBlend": "processor",

@@ -90,7 +90,9 @@ def reverse_kl_of_hidden(
             with torch.no_grad():
                 theirs = teacher_head.logits(teacher_hidden[rows], weight).to(logits.device)
             ours, theirs = comparison.alike(student_head.finished(logits), theirs)
-            return reverse_kl(ours, theirs, estimator=comparison.estimator, k=comparison.k), entropy(ours.detach().log_softmax(-1))
+            return reverse_kl(ours, theirs, estimator=comparison.estimator, k=comparison.k), entropy(
+                ours.detach().log_softmax(-1)
+            )
 
         return _project(of_logits, student_hidden, student_head)
 
@@ -99,6 +101,8 @@ def reverse_kl_of_statistics(
     student_hidden: Tensor, student_head: Head, ids: Tensor, teacher_log_probs: Tensor, comparison: Comparison
 ) -> tuple[Tensor, Tensor]:
     """As `reverse_kl_of_hidden`, of the teacher's statistics [positions, k] in place of the teacher."""
+
+    ids, teacher_log_probs = (x.to(student_head.weight.device) for x in (ids, teacher_log_probs))
 
     def of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         logits = student_head.finished(logits)

@@ -1,12 +1,13 @@
 """Supervised warm-up: before on-policy distillation the student learns from answers of the teacher's.
 
-Source: the baseline "SFT warm-up" of trust-region behaviour blending, arXiv 2605.31159: several answers of the teacher's
-at temperature 1 to each prompt of the first steps, 15 to 50 updates of cross-entropy, then distillation from the start
-of the same stream of prompts.
+Source: the baseline "SFT warm-up" of trust-region behaviour blending, arXiv 2605.31159: several answers of the
+teacher's at temperature 1 to each prompt of the first steps, 15 to 50 updates of cross-entropy, then distillation from
+the start of the same stream of prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,15 @@ def sft_warmup(
     updates: int = 25,
     prompt_steps: int = 50,
     answers_per_prompt: int = 4,
-    args: SFTConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """Train `trainer`'s student on answers of its teacher; `trainer.train()` then distils as if nothing had been.
 
     The prompts are those of the trainer's first `prompt_steps` optimiser steps. The answers are written at its
     temperature, up to its `max_completion_length`, over the models' common vocabulary, and end with the student's
-    stop id. `args` replaces the paper's settings (lr 1e-5, constant after 15 steps, weight decay 0.01, no
-    checkpoints), which take `updates` steps with the trainer's batch, precision and seed; of `args`, too, `max_steps`
-    becomes `updates`.
+    stop id. They are trained on with the paper's settings (lr 1e-5, constant after 15 steps, weight decay 0.01), the
+    trainer's batch, precision and seed, and without checkpoints; `settings` are fields of `trl.SFTConfig` to have
+    otherwise.
 
     Returns what `SFTTrainer.train` returns. Raises `TrimtabError` for numbers below 1, for a trainer that has begun,
     and under DeepSpeed or FSDP, where the student's weights are in place within `train` only.
@@ -52,10 +53,15 @@ def sft_warmup(
         raise TrimtabError(f"The trainer is at step {trainer.state.global_step}: the warm-up comes before train().")
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise TrimtabError("sft_warmup under DeepSpeed or FSDP: fine-tune the student in a run of its own instead.")
-    args = _settings(trainer) if args is None else args
-    args.max_steps = updates
     answers = _teacher_answers(trainer, prompt_steps, answers_per_prompt)
-    return SFTTrainer(trainer.model, args, Dataset.from_list(answers), processing_class=trainer.processing_class).train()
+    # Not before: new arguments of a trainer reset accelerate's state, until a trainer is made of them.
+    args = SFTConfig(**{**_settings(trainer), **(settings or {}), "max_steps": updates})
+    return SFTTrainer(
+        model=trainer.model,
+        args=args,
+        train_dataset=Dataset.from_list(answers),
+        processing_class=trainer.processing_class,
+    ).train()
 
 
 def _teacher_answers(trainer: TRBTrainer, steps: int, each: int) -> list[dict[str, list[int]]]:
@@ -78,27 +84,30 @@ def _teacher_answers(trainer: TRBTrainer, steps: int, each: int) -> list[dict[st
     return gather_object(answers)
 
 
-def _settings(trainer: TRBTrainer) -> SFTConfig:
+def _settings(trainer: TRBTrainer) -> dict[str, Any]:
     args = trainer.args
-    return SFTConfig(
-        output_dir=str(Path(args.output_dir) / "sft_warmup"),
-        learning_rate=1e-5,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=15,
-        weight_decay=0.01,
-        max_length=None,
-        save_strategy="no",
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        max_grad_norm=args.max_grad_norm,
-        bf16=args.bf16,
-        fp16=args.fp16,
-        use_cpu=args.use_cpu,
-        seed=args.seed,
-        logging_steps=args.logging_steps,
-        report_to=args.report_to,
-        dataloader_pin_memory=args.dataloader_pin_memory,
-        disable_tqdm=args.disable_tqdm,
+    shared = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "max_grad_norm",
+        "bf16",
+        "fp16",
+        "use_cpu",
+        "seed",
+        "logging_steps",
+        "report_to",
+        "dataloader_pin_memory",
+        "disable_tqdm",
     )
+    return {
+        **{name: getattr(args, name) for name in shared},
+        "output_dir": str(Path(args.output_dir) / "sft_warmup"),
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 15,
+        "weight_decay": 0.01,
+        "max_length": None,
+        "save_strategy": "no",
+    }

@@ -17,24 +17,23 @@ import copy
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import create_model_from_path
 
 from trimtab.core.errors import TrimtabError
-from trimtab.distill.config import TRBConfig
-from trimtab.distill.eos import StopIds, check_tokenizers, suppressed_ids
+from trimtab.distill.compatibility import check_sampling, common_tokens, differ_in_size, own_config
+from trimtab.distill.eos import StopIds, suppressed_ids
 from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden, reverse_kl_of_statistics, teacher_view
 from trimtab.distill.processor import TeacherGuided, generate_guided
+from trimtab.distill.prompts import InEpochs
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
 from trimtab.methods import bibtex, find
 
@@ -77,6 +76,8 @@ class TRBTrainer(DistillationTrainer):
     `allow_padded_vocabulary`) or in tokens, and a teacher that cannot be moved with `offload_teacher`.
     """
 
+    use_vllm: bool  # TRL's, which has no types
+
     _tag_names = ("trl", "distillation", "trb")
     _name = "TRB"
     _paper = {  # noqa: RUF012 - TRL's name and type
@@ -102,13 +103,13 @@ class TRBTrainer(DistillationTrainer):
         rollout_policy: RolloutPolicy | None = None,
         teacher_processing_class: Any = None,
     ) -> None:
-        args = _own_config(args, model)
+        args = own_config(args, model)
         self.rollout_policy = args.trust_region() if rollout_policy is None else rollout_policy
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if teacher_model is None:
             raise TrimtabError("teacher_model=None: give the teacher, or its name in args.teacher_model_name_or_path.")
-        _check_sampling(args, self.rollout_policy)
-        padded = _differ_in_size(model, teacher_model, args)
+        check_sampling(args, self.rollout_policy)
+        padded = differ_in_size(model, teacher_model, args)
         super().__init__(
             model=model,
             teacher_model=None if padded else teacher_model,  # TRL refuses it
@@ -125,19 +126,20 @@ class TRBTrainer(DistillationTrainer):
         if padded:
             self.teacher_model = self._prepare_teacher(teacher_model)
         self._check_backend()
-        vocab_size = _common_tokens(self._tokenizer, teacher_model, teacher_processing_class, args)
+        vocab_size = common_tokens(self._tokenizer, teacher_model, teacher_processing_class, args)
+        self.stop_ids = self._common_stop_ids()
         self.comparison = Comparison(
             estimator=args.loss_estimator,
             k=args.loss_top_k,
             temperature=args.temperature,
-            stop_ids=self._common_stop_ids(),
+            stop_ids=self.stop_ids,
             vocab_size=vocab_size if padded else None,
         )
         self._check_loss(vocab_size)
         self._suppress()
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self._statistics: tuple[Tensor, Tensor] | None = None
-        self._teacher_hidden: Tensor | None = None
+        self._teacher_hidden: Any = None
         self._said_that_vllm_waits = False
 
     # -- what TRL's constructor leaves open --------------------------------------------------------
@@ -188,12 +190,12 @@ class TRBTrainer(DistillationTrainer):
 
     def _check_loss(self, tokens: int) -> None:
         self._own_loss = self.comparison.estimator != "full"
-        if self.comparison.stop_ids.masked or self.comparison.vocab_size is not None:
+        if self.stop_ids.masked or self.comparison.vocab_size is not None:
             self._own_loss = True
             if self.beta != 1.0:
                 raise TrimtabError(
-                    f"beta={self.beta}: with stop ids {self.comparison.stop_ids.student} of the student and "
-                    f"{self.comparison.stop_ids.teacher} of the teacher, and heads of "
+                    f"beta={self.beta}: with stop ids {self.stop_ids.student} of the student and "
+                    f"{self.stop_ids.teacher} of the teacher, and heads of "
                     f"{'different' if self.comparison.vocab_size else 'equal'} sizes, the loss is the reverse KL, "
                     "beta=1.0."
                 )
@@ -201,12 +203,14 @@ class TRBTrainer(DistillationTrainer):
         if self.comparison.estimator != "full" and self.comparison.k > size:
             raise TrimtabError(f"loss_top_k={self.comparison.k} must be at most {size}, the size of the vocabulary.")
         if tokens > size:
-            raise TrimtabError(f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for.")
+            raise TrimtabError(
+                f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for."
+            )
 
     def _suppress(self) -> None:
         """The student alone must not write what is no token of both models, or stops the teacher only."""
         head = self.model.config.get_text_config().vocab_size
-        ids = suppressed_ids(self.comparison.stop_ids, head, self.comparison.vocab_size)
+        ids = suppressed_ids(self.stop_ids, head, self.comparison.vocab_size)
         if not ids:
             return
         ids = tuple(sorted({*ids, *(self.generation_config.suppress_tokens or ())}))
@@ -215,6 +219,9 @@ class TRBTrainer(DistillationTrainer):
         if self.use_vllm:  # which knows biases only
             given = self.vllm_generation.generation_kwargs
             given["logit_bias"] = {**dict.fromkeys(ids, -100.0), **given.get("logit_bias", {})}
+
+    def _get_train_sampler(self, dataset: Any = None) -> InEpochs:
+        return InEpochs(super()._get_train_sampler(dataset))
 
     # -- rollouts ----------------------------------------------------------------------------------
 
@@ -281,7 +288,7 @@ class TRBTrainer(DistillationTrainer):
             self.rollout_policy,
             step=self.state.global_step,
             temperature=self.temperature,
-            stop_ids=self.comparison.stop_ids,
+            stop_ids=self.stop_ids,
             vocab_size=self.comparison.vocab_size,
             cache_implementation=self.args.cache_implementation or "dynamic",
             record_top_k=recorded,
@@ -351,8 +358,8 @@ class TRBTrainer(DistillationTrainer):
         counted = _counted(inputs)
         hidden = self._get_last_hidden_state(student, *sequences, **images)[counted]
         if "top_k_ids" in inputs:
-            statistics = (inputs[name][counted] for name in ("top_k_ids", "teacher_top_k_log_probs"))
-            total, entropy = reverse_kl_of_statistics(hidden, Head.of(student), *statistics, self.comparison)
+            ids, log_probs = (inputs[name][counted] for name in ("top_k_ids", "teacher_top_k_log_probs"))
+            total, entropy = reverse_kl_of_statistics(hidden, Head.of(student), ids, log_probs, self.comparison)
         else:
             self.teacher_model.eval()
             teacher = self._teacher
@@ -363,7 +370,11 @@ class TRBTrainer(DistillationTrainer):
                 teacher_head = Head.of(teacher)
             total, entropy = reverse_kl_of_hidden(hidden, Head.of(student), theirs, teacher_head, self.comparison)
         tokens = counted.sum()
-        return total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), entropy.sum(), tokens
+        return (
+            total / (tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
+            entropy.sum(),
+            tokens,
+        )
 
     # -- the teacher's view of rollouts, and logs --------------------------------------------------
 
@@ -379,8 +390,6 @@ class TRBTrainer(DistillationTrainer):
 
     def _log_teacher_view(self, inputs: dict[str, Any]) -> None:
         """What the loss's pass of the teacher says of the tokens that the student has written."""
-        if self._teacher_hidden is None:
-            raise RuntimeError("the loss has not asked the teacher")
         hidden, self._teacher_hidden = self._teacher_hidden, None
         counted = _counted(inputs)
         tokens = inputs["completion_ids"][counted]
@@ -412,90 +421,6 @@ class TRBTrainer(DistillationTrainer):
                 self._metrics["train"][name].append(total / count)
         if isinstance(self.rollout_policy, TrustRegion):
             self._metrics["train"]["rollout/epsilon"].append(self.rollout_policy.budget(self.state.global_step))
-
-
-# -- checks ----------------------------------------------------------------------------------------
-
-
-def _own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config)
-        return TRBConfig(f"{name.split('/')[-1]}-TRB")
-    if isinstance(args, TRBConfig):
-        return args
-    return TRBConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
-
-
-def _check_sampling(args: TRBConfig, policy: RolloutPolicy) -> None:
-    """Refused now, and not in the middle of a run: what `generate_guided` refuses."""
-    if not policy.needs_teacher(0):
-        return
-    given = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    given |= args.generation_kwargs or {}
-    neutral = {
-        "top_p": (1.0,),
-        "top_k": (0,),
-        "min_p": (None, 0.0),
-        "repetition_penalty": (1.0,),
-        "num_beams": (1,),
-        "do_sample": (True,),
-        "assistant_model": (None,),
-        "assistant_early_exit": (None,),
-        "prompt_lookup_num_tokens": (None,),
-        "temperature": (args.temperature,),
-    }
-    for name, value in given.items():
-        if name in neutral and value not in neutral[name]:
-            raise TrimtabError(
-                f"{name}={value}: where the teacher writes along, rollouts are plain samples ({name}={neutral[name][0]}), "
-                "since the divergence from the student is that of the tempered distributions before any such change."
-            )
-    if args.cache_implementation not in (None, "dynamic", "static"):
-        raise TrimtabError(
-            f"cache_implementation={args.cache_implementation!r}: where the teacher writes along it must be None, "
-            "'dynamic' or 'static'."
-        )
-
-
-def _differ_in_size(student: Any, teacher: Any, args: TRBConfig) -> bool:
-    """Whether the heads differ in size, which must have been allowed."""
-    sizes = [
-        _vocab_size(model, revision, args)
-        for model, revision in (
-            (student, (args.model_init_kwargs or {}).get("revision")),
-            (teacher, (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)),
-        )
-    ]
-    if sizes[0] != sizes[1] and not args.allow_padded_vocabulary:
-        raise TrimtabError(
-            f"The student has logits for {sizes[0]} ids and the teacher for {sizes[1]}. If both have one tokenizer and "
-            "only pad it differently, set allow_padded_vocabulary=True; models of different tokenizers cannot be "
-            "compared token by token."
-        )
-    return sizes[0] != sizes[1]
-
-
-def _vocab_size(model: Any, revision: str | None, args: TRBConfig) -> int:
-    if isinstance(model, str):
-        trust = args.trust_remote_code
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust)
-    else:
-        config = model.config
-    return int(config.get_text_config().vocab_size)
-
-
-def _common_tokens(tokenizer: Any, teacher: Any, given: Any, args: TRBConfig) -> int:
-    """How many ids the tokenizers know, which must be the same ones where the teacher's tokenizer can be had."""
-    if given is None and isinstance(teacher, str):
-        revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
-        try:
-            trust = args.trust_remote_code
-            given = AutoTokenizer.from_pretrained(teacher, revision=revision, trust_remote_code=trust)
-        except (OSError, ValueError):  # a folder without one
-            given = None
-    if given is None:
-        return max(tokenizer.get_vocab().values()) + 1
-    return check_tokenizers(tokenizer, getattr(given, "tokenizer", given))
 
 
 # -- pieces ----------------------------------------------------------------------------------------
