@@ -13,8 +13,18 @@ from benchmarks.peers import ROOT
 
 __all__ = ["main", "shortfalls"]
 
-SCRIPTS = ("startup", "trust_region", "trb_rollout", "kernels", "harvest", "sae_training", "sae_methods", "kron_claims")
-LONG = ("sae_rates", "gemma_dictionaries", "gpu")
+SCRIPTS = (
+    "startup",
+    "trust_region",
+    "trb_rollout",
+    "reference_update",
+    "kernels",
+    "harvest",
+    "sae_training",
+    "sae_methods",
+    "kron_claims",
+)
+LONG = ("sae_rates", "gemma_dictionaries", "gemma_align", "gemma_distill", "gpu", "gpu_trust_region")
 """Run only when named: they take long, or a GPU."""
 
 

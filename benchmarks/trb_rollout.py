@@ -10,24 +10,41 @@ The share of the solve in a two-model step is that at 64 rows and 151,936 tokens
 Qwen3-4B. The models themselves are not run whole: a decoding step behind 16 cached tokens is timed with 1 block and
 with 3, embeddings and head included, and carried on linearly to 28 and 36. Sampling is not counted. Longer texts make
 the steps longer and leave the solve as it is.
+
+After the warm-up a training step of `TRBTrainer` is set beside one of TRL's `DistillationTrainer`: 4 prompts, 12
+tokens, random models over 32,000 tokens.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
+import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl import DistillationConfig, DistillationTrainer
 
 from benchmarks.measure import Row, Target, Times, in_turns, print_table, write_rows
 from benchmarks.trust_region import logits
 from trimtab.core.simplex import trust_region_blend
+from trimtab.distill import TRBConfig, TRBTrainer
 from trimtab.distill.eos import StopIds
 from trimtab.distill.processor import TrustRegionBlend, generate_guided
+from trimtab.gallery.testbeds.micro import micro_model
 from trimtab.gallery.testbeds.real_models import RealModelUnavailable, gemma3_270m
 
 __all__ = ["main", "whole_step"]
@@ -48,7 +65,7 @@ QWEN_STOPS = StopIds((151_643,), (151_645, 151_643))
 def main() -> None:
     """Measure, print the table, and write the rows."""
     torch.set_num_threads(2)
-    rows = [*rollout_rows(), *share_rows()]
+    rows = [*rollout_rows(), *share_rows(), step_row()]
     print_table("Trust-region rollouts", rows)
     write_rows("trb_rollout", rows)
 
@@ -132,6 +149,57 @@ def keep_blocks(model: Any, blocks: int) -> None:
     model.model.layers = model.model.layers[:blocks]
     model.config.num_hidden_layers = blocks
     model.config.layer_types = model.config.layer_types[:blocks]
+
+
+# -- after the warm-up -----------------------------------------------------------------------------
+
+
+def step_row() -> Row:
+    """Forward, backward and rollouts of a step in which the student writes alone, beside TRL's."""
+    student, teacher = qwen(8, 512, 1536, 32_000), qwen(12, 1024, 3072, 32_000)
+    trainers = {"ours": TRBTrainer, "TRL's": DistillationTrainer}
+    steps = {name: training_step(trainer, copy.deepcopy(student), teacher) for name, trainer in trainers.items()}
+    times = in_turns(steps, REPEATS)
+    return Row(
+        name="training step after the warm-up, V = 32,000",
+        unit="s",
+        ours=times["ours"].wall_median,
+        peer=times["TRL's"].wall_median,
+        peer_version=f"DistillationTrainer, trl {importlib.metadata.version('trl')}",
+        repeats=REPEATS,
+        **spent(times),
+    )
+
+
+def training_step(trainer: Any, student: Any, teacher: Any) -> Callable[[], object]:
+    """Rollouts, loss and gradients of one step of `trainer`, whose trust region, if it has one, is over."""
+    tokenizer = AutoTokenizer.from_pretrained(micro_model("micro-llama"))
+    for model in (student, teacher):
+        model.generation_config.eos_token_id = None
+    with tempfile.TemporaryDirectory() as out:
+        config = TRBConfig if trainer is TRBTrainer else DistillationConfig
+        over = {"trust_region_warmup_steps": 0} if trainer is TRBTrainer else {}
+        args = config(
+            out,
+            max_completion_length=TOKENS,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            **over,
+        )
+        prompts = Dataset.from_list([{"prompt": "In the town by the river"}] * 4)
+        made = trainer(student, teacher, args=args, train_dataset=prompts, processing_class=tokenizer)
+    batch = next(iter(made.get_train_dataloader()))
+    made.current_gradient_accumulation_steps = 1  # which the loop sets
+
+    def step() -> object:
+        made.model.train()
+        made.model.zero_grad()
+        return made.training_step(made.model, batch)
+
+    return step
 
 
 # -- the solve's share -----------------------------------------------------------------------------

@@ -9,13 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as all_benchmarks
-from benchmarks import gpu, kernels, measure, sae_methods, sae_rates, sae_training, trb_rollout, trust_region
+from benchmarks import (
+    gpu,
+    gpu_trust_region,
+    kernels,
+    measure,
+    reference_update,
+    sae_methods,
+    sae_rates,
+    sae_training,
+    trb_rollout,
+    trust_region,
+)
 from benchmarks.measure import Row, Target, Times
 from benchmarks.sae_arms import Setting
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.core.simplex import trust_region_blend
 from trimtab.distill.eos import StopIds
 from trimtab.distill.processor import TrustRegionBlend
+from trimtab.gallery.testbeds.micro import micro_model
 
 ROW = Row(name="speed", unit="tokens/s", ours=300.0, peer=200.0, repeats=3, cpu_seconds=2.0, wall_seconds=1.0)
 
@@ -208,3 +221,28 @@ def test_our_arm_trains_in_rounds(tmp_path: Path) -> None:
     assert len(outcome.rounds.wall) == len(outcome.rounds.cpu) == 3
     assert 0.2 < outcome.explained_variance < 1
     assert outcome.peak > 0
+
+
+def test_reference_updates_are_measured_beside_steps() -> None:
+    folder = micro_model("micro-llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = reference_update.measure(AutoModelForCausalLM.from_pretrained(folder), tokenizer, 1)
+    assert all(row.ours > 0 and row.peer > 0 for row in rows)
+    *_, factors = rows
+    assert factors.ours < factors.peer  # the adapter's bytes, and the whole model's
+
+
+def test_what_is_timed_of_trust_regions_on_a_gpu_runs() -> None:
+    for calls in (
+        gpu_trust_region.solve_calls(2, 50, "cpu"),
+        gpu_trust_region.rollout_calls(64, 32, "cpu"),
+        gpu_trust_region.update_calls(1, 32, 64, "cpu"),
+    ):
+        for call in calls.values():
+            call()
+
+
+def test_without_a_gpu_the_trust_regions_say_that_they_need_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu_trust_region.main()

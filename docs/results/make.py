@@ -1,6 +1,7 @@
 """Write the tables of this folder from what was measured: `python docs/results/make.py [DIR]`.
 
     benchmarks.md      from benchmarks/results/*.json, which `make bench` writes
+    SCRIPT.md          from those of gemma_align and gemma_distill: a line an arm, a column a figure
     gallery-METHOD.md  from src/trimtab/gallery/full_results/METHOD.json, the committed entry of a full gallery run
 
 With DIR, the output of `trimtab gallery run --out DIR`, its full entries become the committed ones first, and their
@@ -17,19 +18,23 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 FULL_RESULTS = ROOT / "src" / "trimtab" / "gallery" / "full_results"
 NOTHING = "*No figures are committed yet.*\n"
+OF_ARMS = ("gemma_align", "gemma_distill")
 
 
 def pages() -> dict[str, str]:
     """The text of each table file, by its name."""
-    return {"benchmarks.md": _benchmarks()} | _gallery()
+    return {"benchmarks.md": _benchmarks()} | {f"{script}.md": _arms(script) for script in OF_ARMS} | _gallery()
 
 
 def _benchmarks() -> str:
     parts = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json")):
+        if path.stem in OF_ARMS:
+            continue
         rows = json.loads(path.read_text(encoding="utf-8"))
         lines = ["| figure | ours | peer | unit | ratio | target | met |", "|---|---:|---:|---|---:|---|---|"]
         for row in rows:
@@ -49,6 +54,26 @@ def _benchmarks() -> str:
         note = f"`python -m benchmarks {path.stem}`, {repeats} repeats, {_where(rows[0])}."
         parts.append(f"**{path.stem}**\n\n" + "\n".join(lines) + f"\n\n{note}\n")
     return "\n".join(parts) or NOTHING
+
+
+def _arms(script: str) -> str:
+    """Rows "ARM: FIGURE" as a table of arms and figures, the order of both that of the rows."""
+    path = RESULTS / f"{script}.json"
+    if not path.exists():
+        return NOTHING
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    arms: dict[str, dict[str, str]] = {}
+    heads: dict[str, str] = {}
+    for row in rows:
+        arm, figure = row["name"].split(": ", 1)
+        arms.setdefault(arm, {})[figure] = _number(row["ours"])
+        heads[figure] = figure if row["unit"] == "1" else f"{figure} ({row['unit']})"
+    lines = [
+        f"| arm | {' | '.join(_cell(head) for head in heads.values())} |",
+        f"|---|{'---:|' * len(heads)}",
+        *(f"| {_cell(arm)} | {' | '.join(found.get(figure, '') for figure in heads)} |" for arm, found in arms.items()),
+    ]
+    return "\n".join(lines) + f"\n\n`python -m benchmarks {script}`, one seed, {_where(rows[-1])}.\n"
 
 
 def _gallery() -> dict[str, str]:

@@ -51,6 +51,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "score": Command("sae_finished", "score", "score how well latents are explained by their tokens"),
         "stitch": Command("sae_finished", "stitch", "put a dictionary and its additions into one"),
     },
+    "align": Command("align", "align", "train a model on preferences, with a reference that follows it"),
+    "distill": Command("distill", "distill", "train a student on what it writes itself, towards a teacher"),
     "gallery": {
         "run": Command("gallery", "run", "measure methods beside their baselines"),
         "report": Command("gallery", "report", "write the page of a gallery's results"),

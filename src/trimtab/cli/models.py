@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -12,18 +14,24 @@ from safetensors import SafetensorError
 
 from trimtab.core.errors import TrimtabError
 
-__all__ = ["Dtype", "load_model"]
+__all__ = ["Dtype", "causal_model_without_weights", "load_model", "load_model_on_cpu", "load_tokenizer"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def load_model(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub name, on a GPU if there is one, in evaluation mode.
+    """Model and tokenizer of a folder or hub name, on a GPU if there is one, in evaluation mode."""
+    model = load_model_on_cpu(name, dtype, trust_remote_code=trust_remote_code)
+    return model.to(_device()).eval(), load_tokenizer(name, trust_remote_code=trust_remote_code)
+
+
+def load_model_on_cpu(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool = False) -> Any:
+    """The model of a folder or hub name; whoever trains it puts it where it belongs.
 
     The class is the one that the checkpoint was saved as: with its language head if it has one.
     """
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with _refused(name):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         architecture = (config.architectures or [""])[0]
         if architecture.endswith("ForMaskedLM"):
@@ -32,11 +40,35 @@ def load_model(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool =
             loader = transformers.AutoModelForCausalLM
         else:
             loader = transformers.AutoModel
-        model = loader.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return loader.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub name."""
+    with _refused(name):
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def causal_model_without_weights(name: str, dtype: Dtype = "float32", *, trust_remote_code: bool = False) -> Any:
+    """A causal language model on the meta device: its shapes, at no cost. Raises TrimtabError for another model."""
+    with _refused(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        architecture = (config.architectures or [""])[0]
+        if not architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            raise ValueError(f"it is a {architecture or type(config).__name__}, no causal language model")
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """What goes wrong inside is an error about the model `name`."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise TrimtabError(f"model={name!r} cannot be loaded: {error}") from error
-    return model.to(_device()).eval(), tokenizer
 
 
 def _device() -> torch.device:

@@ -21,6 +21,8 @@ _MODULES: dict[str, str] = {
     "kron-sae": "kron_sae",
     "hierarchical-topk": "hierarchical_topk",
     "sae-boost": "sae_boost",
+    "tr-align": "tr_align",
+    "trb": "trb",
 }
 
 
