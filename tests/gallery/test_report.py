@@ -377,6 +377,21 @@ def test_any_values_have_an_axis_inside_the_figure(tmp_path: Path, values: list[
     assert all(0 <= place <= 100 for place in places)
 
 
+def test_pictures_that_belong_to_an_experiment_are_in_the_page(tmp_path: Path) -> None:
+    picture = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    (tmp_path / "KronSAE").mkdir()
+    (tmp_path / "KronSAE" / "the-curve.svg").write_bytes(picture)
+    names = ["KronSAE/the-curve.svg", "KronSAE/gone.svg", "x.bin"]
+    found = {"format_version": 1, "methods": [entry(attachments=names)]}
+    tags = rendered(tmp_path, results=found, attachments=tmp_path)
+    images = [attributes for tag, attributes in tags.tags if tag == "img"]
+    assert [image["alt"] for image in images] == ["the curve"]
+    kind, data = images[0]["src"].split(",")
+    assert kind == "data:image/svg+xml;base64"  # an image, which runs no script
+    assert base64.b64decode(data) == picture
+    assert "img" not in [tag for tag, _ in rendered(tmp_path, results=found).tags]
+
+
 def test_other_figures_and_a_failed_attachment_are_shown(tmp_path: Path) -> None:
     arms = [
         arm("TopK", "method", [0.75, 0.77], figures={"dead_fraction": [0.1, 0.2], "l0": [32, 32]}),

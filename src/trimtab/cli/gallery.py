@@ -48,7 +48,8 @@ def report(directory: Path, *, out: Path | None = None) -> None:
     pages = [DictionaryPage.from_json(p.read_text("utf-8")) for p in sorted(directory.rglob("latents.json"))]
     if results is None and not pages:
         raise TrimtabError(f"directory={str(directory)!r} holds neither {RESULTS} nor a latents.json")
-    print(render(out or directory / "report.html", title="Trimtab", results=results, dictionaries=pages))
+    page = out or directory / "report.html"
+    print(render(page, title="Trimtab", results=results, dictionaries=pages, attachments=directory))
 
 
 def prepare(names: list[str] = [], *, out: Path) -> None:  # noqa: B006 (never changed)

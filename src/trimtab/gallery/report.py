@@ -61,10 +61,18 @@ _METRICS = {  # key: (label, one line of explanation)
 _CROSS_ENTROPIES = ("ce_clean", "ce_spliced", "ce_ablated")
 
 
-def render(out: Path, *, title: str, results: Mapping[str, Any] | None, dictionaries: Sequence[DictionaryPage]) -> Path:
+def render(
+    out: Path,
+    *,
+    title: str,
+    results: Mapping[str, Any] | None,
+    dictionaries: Sequence[DictionaryPage],
+    attachments: Path | None = None,
+) -> Path:
     """Write the report to `out`, aside first and then renamed, and return `out`.
 
-    `results` is the content of `results.json`, or None where no experiment was run. Raises `TrimtabError` for
+    `results` is the content of `results.json`, or None where no experiment was run; `attachments` the directory that
+    it lies in, whose pictures (.svg) that belong to an experiment are shown with it. Raises `TrimtabError` for
     results without a key that the page needs and for a page larger than `MAX_BYTES` (nothing is written).
     """
     import jinja2
@@ -88,7 +96,7 @@ def render(out: Path, *, title: str, results: Mapping[str, Any] | None, dictiona
         style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
         early=Markup(early),
         script=Markup(script),
-        methods=None if entries is None else [_method(entry) for entry in entries],
+        methods=None if entries is None else [_method(entry, attachments) for entry in entries],
         dictionaries=[_dictionary(page) for page in dictionaries],
     )
     # Lone surrogates cannot be encoded and NUL is not allowed in HTML; inside JSON both are escapes by now.
@@ -111,7 +119,7 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _method(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _method(entry: Mapping[str, Any], attachments: Path | None) -> dict[str, Any]:
     """What the template shows of one method; this run and the committed full run share one axis."""
     full = entry.get("full_run")
     runs = [entry] if full is None else [entry, full]
@@ -124,7 +132,7 @@ def _method(entry: Mapping[str, Any]) -> dict[str, Any]:
     low, high = min(numbers, default=0.0), max(numbers, default=1.0)
     margin = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
     low, high = low - margin, high + margin
-    views = [_run(run, low, high) for run in runs]
+    views = [_run(run, low, high, attachments) for run in runs]
     return {
         "name": entry["method"],
         "anchor": "methods/" + re.sub(r"[^a-z0-9]+", "-", str(entry["method"]).lower()).strip("-"),
@@ -142,7 +150,7 @@ def _numbers(arm: Mapping[str, Any]) -> list[float]:
     return [float(number) for number in found if _finite(number) is not None]
 
 
-def _run(run: Mapping[str, Any], low: float, high: float) -> dict[str, Any]:
+def _run(run: Mapping[str, Any], low: float, high: float, attachments: Path | None) -> dict[str, Any]:
     seeds = run.get("seeds")
     facts = {
         "date": run.get("date"),
@@ -160,10 +168,23 @@ def _run(run: Mapping[str, Any], low: float, high: float) -> dict[str, Any]:
         "date": run.get("date"),
         "arms": [_arm(arm, low, high) for arm in run["arms"]],
         "figure_names": list(dict.fromkeys(name for arm in run["arms"] for name in arm.get("figures", {}))),
+        "pictures": _pictures(run, attachments),
         "attachment_error": run.get("attachment_error"),
         "ticks": [(round(at, 2), label) for at, label in ticks],
         "facts": {key: value for key, value in facts.items() if value is not None},
     }
+
+
+def _pictures(run: Mapping[str, Any], attachments: Path | None) -> list[tuple[str, str]]:
+    """What each picture is called, and the picture in the form of an address: as an image it cannot run scripts."""
+    if attachments is None:
+        return []
+    paths = [attachments / name for name in run.get("attachments", []) if name.endswith(".svg")]
+    return [
+        (path.stem.replace("-", " "), "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode())
+        for path in paths
+        if path.is_file()
+    ]
 
 
 def _arm(arm: Mapping[str, Any], low: float, high: float) -> dict[str, Any]:
