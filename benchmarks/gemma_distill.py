@@ -51,7 +51,7 @@ class WarmStart:
     """What makes the student: layers that are kept, and steps of forward KL on reviews, linearly cooled."""
 
     layers: int = 9
-    steps: int = 90
+    steps: int = 40
     texts_per_step: int = 12
     learning_rate: float = 5e-4
     seed: int = 0
