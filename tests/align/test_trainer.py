@@ -572,6 +572,26 @@ def test_grpo_without_settings_has_no_divergence() -> None:
         TRGRPOTrainer(model(), reward_funcs=len, train_dataset=PAIRS, processing_class=TOKENIZER)
 
 
+def test_other_trainers_may_take_what_they_pass_on_by_kwargs(tmp_path: Path) -> None:
+    class Other(DPOTrainer):
+        def __init__(self, model: Any, **kwargs: Any) -> None:
+            super().__init__(model, **kwargs)
+
+    class Mixed(TrustRegionMixin, Other):
+        pass
+
+    args = settings(DPOConfig, tmp_path, sync_ref_model=True, max_steps=1)
+    with pytest.warns(UserWarning, match="wins"):
+        made = Mixed(
+            model(), args=args, train_dataset=PAIRS, processing_class=TOKENIZER, reference=TrustRegionReference.hard(1)
+        )
+    assert args.sync_ref_model  # the user's own settings stay
+    made.train()
+    assert made.reference.n_updates == 1
+    with pytest.raises(TrimtabError, match="precompute_ref_log_probs"):
+        Mixed(model(), args=settings(DPOConfig, tmp_path, precompute_ref_log_probs=True), train_dataset=PAIRS)
+
+
 @pytest.mark.parametrize(("trainer", "config"), [(TRGRPOTrainer, GRPOConfig), (TRRLOOTrainer, RLOOConfig)])
 def test_online_objectives_without_a_divergence_are_refused(trainer: Any, config: Any, tmp_path: Path) -> None:
     args = settings(config, tmp_path, beta=0.0, num_generations=2)

@@ -52,19 +52,25 @@ class TrustRegionMixin:
     """
 
     def __init__(self, *args: Any, reference: TrustRegionReference | None = None, **kwargs: Any) -> None:
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        settings = given.get("args")
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        named = given.arguments | kwargs  # a trainer may take some by **kwargs
+        settings: Any = named.get("args")
         _refuse_fixed(self, settings)
-        _refuse_adapter(given.get("model"))
+        _refuse_adapter(named.get("model"))
         if getattr(settings, "sync_ref_model", False):
             warnings.warn(
                 "sync_ref_model=True is TRL's update of the reference; it is switched off, and `reference` of the "
                 "trust-region trainer wins.",
                 stacklevel=2,
             )
-            given["args"] = copy.copy(settings)
-            given["args"].sync_ref_model = False
-        super().__init__(**given)
+            settings = copy.copy(settings)
+            settings.sync_ref_model = False
+            if "args" in kwargs:
+                kwargs["args"] = settings
+            else:
+                given.arguments["args"] = settings
+                args, kwargs = given.args, given.kwargs
+        super().__init__(*args, **kwargs)
         config = self.args  # type: ignore[attr-defined]
         if not hasattr(self, "ref_model"):
             raise TrimtabError(f"{type(self).__name__} has no reference model in its objective that could move.")
