@@ -197,7 +197,7 @@ def training_step(trainer: Any, student: Any, teacher: Any) -> Callable[[], obje
     def step() -> object:
         made.model.train()
         made.model.zero_grad()
-        return made.training_step(made.model, batch)
+        return made.training_step(made.model, batch, None)
 
     return step
 

@@ -24,8 +24,10 @@ from benchmarks import (
 from benchmarks.measure import Row, Target, Times
 from benchmarks.sae_arms import Setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DistillationTrainer
 
 from trimtab.core.simplex import trust_region_blend
+from trimtab.distill import TRBTrainer
 from trimtab.distill.eos import StopIds
 from trimtab.distill.processor import TrustRegionBlend
 from trimtab.gallery.testbeds.micro import micro_model
@@ -246,3 +248,12 @@ def test_without_a_gpu_the_trust_regions_say_that_they_need_one(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         gpu_trust_region.main()
+
+
+@pytest.mark.parametrize("trainer", [TRBTrainer, DistillationTrainer])
+def test_steps_after_the_warm_up_are_those_of_both_trainers(trainer: type) -> None:
+    student, teacher = (trb_rollout.qwen(1, 32, 64, 4096) for _ in range(2))
+    before = [weight.detach().clone() for weight in student.parameters()]
+    trb_rollout.training_step(trainer, student, teacher)()
+    assert any(weight.grad is not None for weight in student.parameters())
+    assert all(torch.equal(weight, old) for weight, old in zip(student.parameters(), before, strict=True))
