@@ -189,6 +189,59 @@ def test_a_copy_after_every_step_makes_every_loss_the_first(
     assert losses(trainer) == pytest.approx([value] * 4, rel=1e-6)
 
 
+def test_the_reference_has_no_dropout(tmp_path: Path) -> None:
+    """TRL switches the policy's off before the adapter "ref" is made, and online trainers leave it on."""
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.5)
+    trainer = dpo(tmp_path, TrustRegionReference.hard(1), peft_config=adapter)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([math.log(2)] * 4, rel=1e-6)
+    dropouts = [m["ref"] for n, m in trainer.model.named_modules() if n.endswith("lora_dropout")]
+    assert dropouts
+    assert all(isinstance(each, torch.nn.Identity) for each in dropouts)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_online_trainer_whose_reference_never_moves_is_trls(dropout: float, tmp_path: Path) -> None:
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(text))) for text in completions]
+
+    def kls(trainer: Any, **options: Any) -> list[float]:
+        made = trainer(
+            model(),
+            reward_funcs=reward,
+            args=settings(GRPOConfig, tmp_path, max_steps=3, num_generations=2, max_completion_length=4),
+            train_dataset=PAIRS.select_columns(["prompt"]),
+            processing_class=copy.deepcopy(TOKENIZER),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=dropout),
+            **options,
+        )
+        made.train()
+        return [log["kl"] for log in made.state.log_history if "kl" in log]
+
+    assert kls(TRGRPOTrainer, reference=never()) == kls(GRPOTrainer)
+    if not dropout:
+        assert kls(TRGRPOTrainer, reference=TrustRegionReference.hard(1)) == pytest.approx([0.0] * 3, abs=1e-7)
+
+
+def test_logs_are_of_the_reference_that_the_loss_had(tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, TrustRegionReference.hard(2, measure=True), logging_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["reference/updates"] for log in logs] == [1, 2]
+    assert all(log["reference/kl_current"] > 0 and log["reference/distance"] > 0 for log in logs)
+
+
+def test_a_reference_can_be_used_again(tmp_path: Path) -> None:
+    reference = TrustRegionReference.hard(1)
+    dpo(tmp_path, reference, peft_config=ADAPTER, max_steps=2).train()
+    second = dpo(tmp_path, reference)
+    second.train()
+    assert losses(second) == pytest.approx([math.log(2)] * 4, rel=1e-6)
+    assert reference.n_updates == 4
+    second.train()
+    assert reference.n_updates == 4
+
+
 def test_so_with_kto(tmp_path: Path) -> None:
     trainer = kto(tmp_path, TrustRegionReference.hard(1))
     trainer.train()

@@ -63,6 +63,11 @@ def add_reference_adapter(model: Any) -> str:
             pair.reference.data = pair.policy.detach().clone()
     for pair in adapter_pairs(model, policy):
         pair.reference.requires_grad_(False)
+    for module in model.modules():
+        # A reference has no dropout: TRL switches it off before this adapter is there, or not at all.
+        dropout = getattr(module, "lora_dropout", None)
+        if isinstance(dropout, nn.ModuleDict) and REFERENCE_ADAPTER in dropout:
+            dropout[REFERENCE_ADAPTER] = nn.Identity()
     return policy
 
 
@@ -92,6 +97,7 @@ class DenseDelta:
     def move(self, policy_weight: float) -> None:
         """Delta_ref <- alpha s B A + (1 - alpha) Delta_ref."""
         B, A, scale = self._factors(self.policy)
+        self.value = self.value.to(B.device)
         torch.addmm(self.value, B, A, beta=1 - policy_weight, alpha=policy_weight * scale, out=self.value)
 
     @torch.no_grad()
@@ -110,6 +116,7 @@ class DenseDelta:
     def _add(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if layer.disable_adapters or list(layer.active_adapters) != [REFERENCE_ADAPTER]:
             return output
+        self.value = self.value.to(output.device)  # a model may be moved after this was made
         return output + linear(inputs[0].to(self.value.dtype), self.value).to(output.dtype)
 
 
@@ -119,13 +126,19 @@ def dense_deltas(model: nn.Module, policy: str) -> list[DenseDelta]:
     Raises `TrimtabError` for adapters that are not plain LoRA on linear layers.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     deltas = []
     for name, layer in model.named_modules():
         if not (isinstance(layer, LoraLayer) and policy in layer.scaling):
             continue
         linear_factors = policy in layer.lora_A and isinstance(layer.lora_A[policy], nn.Linear)
-        if not linear_factors or policy in layer.lora_variant or layer.lora_bias.get(policy, False):
+        if (
+            isinstance(layer, ParamWrapper)
+            or not linear_factors
+            or policy in layer.lora_variant
+            or layer.lora_bias.get(policy, False)
+        ):
             raise TrimtabError(f"lora='exact' is for plain LoRA on linear layers, and {name!r} is another: 'factors'.")
         deltas.append(DenseDelta(name, layer, policy))
     if not deltas:

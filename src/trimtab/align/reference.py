@@ -109,8 +109,14 @@ class TrustRegionReference:
             )
         if not is_peft and reference_model is None:
             raise TrimtabError("There is no reference model that could follow the policy: ref_model is None.")
-        self._policy, self._model = policy, reference_model
+        self.restart()
+        self._policy, self._model, self._adapter = policy, reference_model, None
+        self._deltas, self._masters, self._initial = [], {}, {}
         if is_peft:
+            if self.lora == "exact" and any(hasattr(weight, "ds_id") for weight in policy.parameters()):
+                raise TrimtabError(
+                    "lora='exact' reads whole factors, which DeepSpeed's ZeRO-3 holds in parts: 'factors'."
+                )
             self._adapter = add_reference_adapter(policy)
             averaged = 0 < self.schedule.alpha < 1
             if averaged and self.lora == "exact":
@@ -126,6 +132,10 @@ class TrustRegionReference:
             pairs_by_name(named_tensors(reference_model), named_tensors(policy))
         if self.measure:
             self._initial = {name: tensor.detach().clone() for name, tensor in self._held().items()}
+
+    def restart(self) -> None:
+        """Count updates anew, as at the beginning of a run."""
+        self.n_updates, self.last_update, self.last_weight = 0, 0, 0.0
 
     @property
     def n_tensors(self) -> int:
@@ -187,8 +197,10 @@ class TrustRegionReference:
     def save(self, path: str | Path, *, writes: bool = True) -> None:
         """Write the reference and its count of updates to `path`; every process of a run calls it, one `writes`."""
         tensors = {}
-        for name, tensor in (self._held() | self._masters).items():
-            value = whole(tensor, keep=writes)
+        for name, tensor in self._held().items():
+            value = whole(tensor, keep=writes)  # by every process, though one alone may have the master
+            if name in self._masters:
+                value = whole(self._masters[name], keep=writes)
             if value is not None:
                 tensors[name] = value
         if writes:
@@ -201,6 +213,7 @@ class TrustRegionReference:
         Raises `TrimtabError` if there is no such file, it is damaged, or of another model.
         """
         held = self._held()
+        self._masters = {}
         try:
             with safe_open(path, "pt") as file:
                 names, counts = set(file.keys()), file.metadata() or {}

@@ -80,8 +80,10 @@ class TrustRegionMixin:
         self._resumed_from: str | None = None
         self._margins_before = 0
         self._last_batch: Mapping[str, Tensor] | None = None
+        self._readings: dict[str, float] | None = None
         if self.reference.schedule.margin_threshold is not None and isinstance(self, GRPOTrainer | RLOOTrainer):
             raise TrimtabError("margin_threshold is for preference trainers (DPO, KTO): an online one has no margin.")
+        _refuse_host(self)
         if self.reference.measure:
             _refuse_unmeasured(self)
         self.reference.bind(self.model, self.ref_model)  # type: ignore[attr-defined]
@@ -126,7 +128,7 @@ class TrustRegionMixin:
 
     def _margins(self) -> list[float]:
         """The margins of TRL's rewards in the micro-batches since its last log."""
-        return self._metrics["train"].get("rewards/margins", [])  # type: ignore[attr-defined]
+        return getattr(self, "_metrics", {"train": {}})["train"].get("rewards/margins", [])
 
     def _margin(self) -> float:
         """Mean h over the step's micro-batches in nats; nan if none has pairs, or both kinds of completions."""
@@ -140,11 +142,13 @@ class TrustRegionMixin:
             "reference/steps_since_update": step - reference.last_update,
             "reference/policy_weight": reference.last_weight,
         }
-        rewards = [self._metrics["train"].get(f"rewards/{side}") for side in ("chosen", "rejected")]  # type: ignore[attr-defined]
+        logged = getattr(self, "_metrics", {"train": {}})["train"]
+        rewards = [logged.get(f"rewards/{side}") for side in ("chosen", "rejected")]
         if all(rewards):
             metrics["reference/log_ratio"] = sum(sum(r) / len(r) for r in rewards) / 2 / self.beta  # type: ignore
         if reference.measure and self._last_batch is not None:
-            metrics |= self._measured(self._last_batch)
+            metrics |= self._measured(self._last_batch) if self._readings is None else self._readings
+            self._readings = None
         return metrics
 
     @torch.no_grad()
@@ -197,6 +201,7 @@ class _Update(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         reference = self.trainer.reference
+        reference.restart()
         if self.trainer._resumed_from is not None:
             reference.load(Path(self.trainer._resumed_from, FILE))
         if reference.schedule.alpha and not reference.schedule.updates(state.max_steps):
@@ -210,7 +215,11 @@ class _Update(TrainerCallback):
         self.trainer._margins_before = len(self.trainer._margins())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.reference.update(state.global_step, state.max_steps, self.trainer._margin())
+        trainer = self.trainer
+        if trainer.reference.measure and control.should_log and trainer._last_batch is not None:
+            # Before the reference moves: of the one that the step's loss had.
+            trainer._readings = trainer._measured(trainer._last_batch)
+        trainer.reference.update(state.global_step, state.max_steps, trainer._margin())
 
 
 def _refuse_fixed(trainer: Any, settings: Any) -> None:
@@ -244,10 +253,25 @@ def _refuse_adapter(model: Any) -> None:
             )
 
 
+def _refuse_host(trainer: Any) -> None:
+    """Refuse an adapter's reference where the host would not read it, or its tensors are parts of one."""
+    if not hasattr(trainer.model, "peft_config"):
+        return
+    if not isinstance(trainer, DPOTrainer | KTOTrainer | GRPOTrainer | RLOOTrainer):
+        raise TrimtabError(
+            f"{type(trainer).__name__} is not known to compute its reference with the adapter {REFERENCE_ADAPTER!r}: "
+            "train it without PEFT."
+        )
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        raise TrimtabError("fsdp_version=1 puts all adapters into one tensor: set fsdp_version to 2.")
+
+
 def _refuse_unmeasured(trainer: Any) -> None:
     if not isinstance(trainer, DPOTrainer | KTOTrainer):
         raise TrimtabError("measure=True reads preference batches (DPO, KTO); an online trainer logs its KL itself.")
     if trainer._is_vision_dataset:
         raise TrimtabError("measure=True reads text alone, and this data set has images.")
+    if trainer.is_fsdp_enabled and hasattr(trainer.model, "peft_config"):
+        raise TrimtabError("measure=True copies the first adapter before FSDP shards it: not for PEFT under FSDP.")
     if trainer.is_deepspeed_enabled:
         raise TrimtabError("measure=True swaps the initial reference in, which DeepSpeed's partitions do not allow.")

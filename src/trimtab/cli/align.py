@@ -89,6 +89,9 @@ class ReferenceSettings:
         if self.reference == "every" and self.every is None:
             raise TrimtabError("reference='every' needs every, the part of the run between updates, such as 0.1")
 
+        if self.every is not None and not 0 < self.every <= 1:
+            raise TrimtabError(f"every={self.every} must lie in (0, 1]: it is a part of the run")
+
     def build(self, *, measure: bool) -> Any:
         """The library's reference; None if it is fixed."""
         if self.reference == "fixed":
@@ -138,7 +141,7 @@ def align(
         max_length: tokens of an example, what is beyond is cut off; default: 1024, or the model's positions if fewer
         desirable_weight: kto: weight of desirable completions
         undesirable_weight: kto: weight of undesirable ones
-        measure: measure the distance of the reference from the policy at each update
+        measure: measure KL, margins and distance to the current and the first reference at each log
         trust_remote_code: run code that comes with the model
         dry_run: say what would run, how long, with how much memory and disk; then stop
     """
@@ -195,7 +198,13 @@ def align(
     identity |= asdict(reference) | asdict(data) | asdict(training) | {"data_sha256": digest(loaded)}
     metrics = finished_metrics(out, identity)
     if metrics is None:
-        metrics = run_trainer(trainer(out, steps), tokenizer, out, identity, {"examples": len(examples)})
+        metrics = run_trainer(
+            trainer(out, steps),
+            tokenizer,
+            out,
+            identity,
+            {"examples": len(examples), "left_out": len(found) - len(examples)},
+        )
     show_summary(out, metrics, SUMMARY)
 
 
