@@ -231,6 +231,13 @@ def test_logs_are_of_the_reference_that_the_loss_had(tmp_path: Path) -> None:
     assert all(log["reference/kl_current"] > 0 and log["reference/distance"] > 0 for log in logs)
 
 
+def test_an_adapter_of_another_name_is_refused(tmp_path: Path) -> None:
+    named = get_peft_model(model(), ADAPTER, adapter_name="mine")
+    args = settings(DPOConfig, tmp_path)
+    with pytest.raises(TrimtabError, match="named 'default'"):
+        TRDPOTrainer(named, args=args, train_dataset=PAIRS, processing_class=TOKENIZER)
+
+
 def test_a_reference_can_be_used_again(tmp_path: Path) -> None:
     reference = TrustRegionReference.hard(1)
     dpo(tmp_path, reference, peft_config=ADAPTER, max_steps=2).train()

@@ -504,6 +504,8 @@ def test_the_committed_stories_are_what_the_script_writes(capsys: pytest.Capture
         ({"reference": "soft", "alpha": "1.5"}, r"alpha"),
         ({"reference": "hard", "tau": "0"}, r"tau"),
         ({"reference": "every"}, r"reference='every' needs every"),
+        ({"reference": "every", "every": "1.5"}, r"every=1\.5 must lie in"),
+        ({"reference": "soft", "lora_soft": "exact"}, r"lora_soft='exact' has no meaning without adapters"),
         ({"measure": True}, r"measure has no meaning for reference='fixed'"),
         ({"steps": "0"}, r"steps=0 must be at least 1"),
         ({"keep_last": "1"}, r"keep_last=1 must be at least 2"),

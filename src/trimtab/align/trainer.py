@@ -244,6 +244,8 @@ def _refuse_adapter(model: Any) -> None:
         raise TrimtabError(
             'The model has an adapter "ref" already, of an earlier run: call model.delete_adapter("ref").'
         )
+    if configs and "default" not in configs:
+        raise TrimtabError(f"The adapters are {sorted(configs)}: TRL takes the policy's to be named 'default'.")
     for config in configs.values():
         init = getattr(config, "init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_DECOMPOSING):

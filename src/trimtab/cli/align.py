@@ -151,6 +151,8 @@ def align(
     if loss == "kto" and training.batch_size < 2:
         raise TrimtabError(f"batch_size={training.batch_size}: kto pairs a batch's prompts with others' completions; "
                            "accepted: 2 or more")  # fmt: skip
+    if reference.lora_soft == "exact" and not training.lora_rank:
+        raise TrimtabError("lora_soft='exact' has no meaning without adapters; accepted: with lora_rank")
     if measure and reference.reference == "fixed":
         raise TrimtabError("measure has no meaning for reference='fixed': it never moves")
     if loss != "kto" and (desirable_weight, undesirable_weight) != (1.0, 1.0):
