@@ -8,44 +8,66 @@ Symbols: pi the policy, ref a reference, t a position of a completion, h as in `
 
 These are not the divergence of whole answers that the policy would write, for which it must be sampled; they are exact
 at the prefixes that training sees, and cost no sampling.
+
+Rows are read one at a time, and of each the positions of its completion alone, so that no more than one row's
+distributions are held at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from trimtab.core.simplex import kl
 
-__all__ = ["Readings", "log_ratios", "mean_kl", "read", "reward_kl_curve"]
+__all__ = ["Batch", "Comparison", "compare", "completion_log_probs", "reward_kl_curve"]
 
-Readings = tuple[Tensor, Tensor, Tensor]
-"""Log-probabilities [batch, positions, vocab], ids of the next tokens and a mask of completions [batch, positions]."""
+Batch = Mapping[str, Tensor]
+"""input_ids, attention_mask and completion_mask, each [rows, length]."""
+
+
+class Comparison(NamedTuple):
+    """A policy and a reference on the completions of a batch; sums over a completion's tokens, in nats."""
+
+    kl: Float[Tensor, " rows"]
+    policy: Float[Tensor, " rows"]
+    reference: Float[Tensor, " rows"]
+    tokens: Int[Tensor, " rows"]
+
+    @property
+    def mean_kl(self) -> Tensor:
+        """KL(pi || ref) per completion token."""
+        return self.kl.sum() / self.tokens.sum()
+
+    @property
+    def log_ratios(self) -> Float[Tensor, " rows"]:
+        """log pi(y|x) - log ref(y|x)."""
+        return self.policy - self.reference
 
 
 @torch.no_grad()
-def read(model: Any, batch: Mapping[str, Tensor]) -> Readings:
-    """What `model` says of a batch with input_ids, attention_mask and completion_mask, each [batch, length]."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return logits[:, :-1].float().log_softmax(-1), batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:].bool()
+def completion_log_probs(model: Any, row: Batch) -> Float[Tensor, "tokens vocab"]:
+    """What `model` says at the positions of the completion, in a batch of one row; float32 or better."""
+    logits = model(input_ids=row["input_ids"], attention_mask=row["attention_mask"], use_cache=False).logits
+    picked = logits[0, :-1][row["completion_mask"][0, 1:].bool()]
+    return picked.to(torch.promote_types(picked.dtype, torch.float32)).log_softmax(-1)
 
 
-def mean_kl(policy: Readings, reference: Readings) -> Tensor:
-    """KL(pi || ref) per completion token."""
-    mask = policy[2]
-    return kl(policy[0][mask], reference[0][mask]).mean()
-
-
-def log_ratios(policy: Readings, reference: Readings) -> Tensor:
-    """log pi(y|x) - log ref(y|x) of each row, summed over the completion's tokens."""
-    _, ids, mask = policy
-    policy_log_probs, reference_log_probs = (
-        (log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * mask).sum(-1) for log_probs in (policy[0], reference[0])
-    )
-    return policy_log_probs - reference_log_probs
+@torch.no_grad()
+def compare(policy: Callable[[Batch], Tensor], reference: Callable[[Batch], Tensor], batch: Batch) -> Comparison:
+    """Both read a batch of one row as `completion_log_probs` does; each reads every row of `batch` once."""
+    found = []
+    for index in range(len(batch["input_ids"])):
+        row = {name: tensor[index : index + 1] for name, tensor in batch.items()}
+        ids = row["input_ids"][0, 1:][row["completion_mask"][0, 1:].bool()]
+        log_p, log_q = policy(row), reference(row)
+        sums = [log_probs.gather(-1, ids[:, None]).sum() for log_probs in (log_p, log_q)]
+        found.append((kl(log_p, log_q).sum(), *sums, torch.tensor(len(ids), device=ids.device)))
+    return Comparison(*(torch.stack(part) for part in zip(*found, strict=True)))
 
 
 def reward_kl_curve(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:

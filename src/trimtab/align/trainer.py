@@ -9,10 +9,10 @@ Loss, data and loop are TRL's. `TrustRegionMixin` before any other trainer with 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RLOOConfig, RLO
 from trl.trainer.utils import use_adapter
 
 from trimtab.align.adapters import REFERENCE_ADAPTER
-from trimtab.align.measures import log_ratios, mean_kl, read
+from trimtab.align.measures import Batch, compare, completion_log_probs
 from trimtab.align.reference import FILE, TrustRegionReference
 from trimtab.core.errors import TrimtabError
 
@@ -79,7 +79,7 @@ class TrustRegionMixin:
         )
         self._resumed_from: str | None = None
         self._margins_before = 0
-        self._last_batch: Mapping[str, Tensor] | None = None
+        self._last_batch: Batch | None = None
         self._readings: dict[str, float] | None = None
         if self.reference.schedule.margin_threshold is not None and isinstance(self, GRPOTrainer | RLOOTrainer):
             raise TrimtabError("margin_threshold is for preference trainers (DPO, KTO): an online one has no margin.")
@@ -152,29 +152,30 @@ class TrustRegionMixin:
         return metrics
 
     @torch.no_grad()
-    def _measured(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+    def _measured(self, batch: Batch) -> dict[str, float]:
         model, reference = self.model, self.reference  # type: ignore[attr-defined]
+        policy = functools.partial(completion_log_probs, model)
         model.eval()
         try:
-            policy, current = read(model, batch), self._read_reference(batch)
+            found = {"current": compare(policy, self._read_reference, batch)}
             with reference.as_at_first():
-                initial = self._read_reference(batch)
+                found["initial"] = compare(policy, self._read_reference, batch)
         finally:
             model.train()
-        figures = {"kl_current": mean_kl(policy, current), "kl_initial": mean_kl(policy, initial)}
+        figures = {f"kl_{name}": each.mean_kl for name, each in found.items()}
         if isinstance(self, DPOTrainer):
-            for name, other in (("current", current), ("initial", initial)):
-                chosen, rejected = log_ratios(policy, other).chunk(2)
+            for name, each in found.items():
+                chosen, rejected = each.log_ratios.chunk(2)
                 figures[f"margin_{name}"] = (chosen - rejected).mean()
             figures["flips_initial"] = (chosen <= rejected).float().mean()
         gathered = {name: self.accelerator.gather(value).mean().item() for name, value in figures.items()}  # type: ignore[attr-defined]
         return {f"reference/{name}": value for name, value in (gathered | {"distance": reference.distance()}).items()}
 
-    def _read_reference(self, batch: Mapping[str, Tensor]) -> Any:
+    def _read_reference(self, row: Batch) -> Tensor:
         if self.ref_model is not None:  # type: ignore[attr-defined]
-            return read(self.ref_model, batch)  # type: ignore[attr-defined]
+            return completion_log_probs(self.ref_model, row)  # type: ignore[attr-defined]
         with use_adapter(self.accelerator.unwrap_model(self.model), REFERENCE_ADAPTER):  # type: ignore[attr-defined]
-            return read(self.model, batch)  # type: ignore[attr-defined]
+            return completion_log_probs(self.model, row)  # type: ignore[attr-defined]
 
 
 class TRDPOTrainer(TrustRegionMixin, DPOTrainer):
