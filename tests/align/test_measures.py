@@ -82,3 +82,11 @@ def test_a_model_is_at_no_distance_from_itself() -> None:
     found = compared(llama(0), llama(0), batch())
     assert float(found.mean_kl) == 0
     assert torch.equal(found.policy, found.reference)
+
+
+def test_flips_are_changes_of_order_and_not_of_margin() -> None:
+    policy = torch.tensor([-1.0, -5.0, -1.0, -9.0, -2.0, -3.0, -3.0, -4.0])  # chosen, then rejected
+    reference = torch.tensor([-4.0, -2.0, -2.0, -8.0, -3.0, -3.0, -3.0, -4.0])
+    found = Comparison(torch.zeros(8), policy, reference, torch.ones(8, dtype=torch.long))
+    assert torch.equal(found.margins, torch.tensor([2.0, -3.0, 1.0, -1.0]))
+    assert float(found.flips) == 2 / 4  # of the first two pairs; the last has a margin below 0 and keeps its order

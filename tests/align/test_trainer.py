@@ -556,7 +556,13 @@ def test_measured_logs_agree_with_a_count_by_hand(peft: bool, tmp_path: Path) ->
     picked = ((policy - initial).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1) * mask).sum(-1)
     chosen, rejected = picked.chunk(2)
     assert log["reference/margin_initial"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-3)
-    assert log["reference/flips_initial"] == pytest.approx(float((chosen <= rejected).float().mean()))
+    assert log["reference/accuracy_initial"] == pytest.approx(float((chosen > rejected).float().mean()))
+    orders = []
+    for each in (policy, initial):
+        of_ids = each.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+        chosen, rejected = (of_ids * mask).sum(-1).chunk(2)
+        orders.append(chosen > rejected)
+    assert log["reference/flips_initial"] == float((orders[0] != orders[1]).float().mean())
     assert 0 < log["reference/kl_current"] < log["reference/kl_initial"]
     assert log["reference/margin_current"] < log["reference/margin_initial"]
     assert log["reference/distance"] > 0

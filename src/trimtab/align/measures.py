@@ -4,7 +4,8 @@ Symbols: pi the policy, ref a reference, t a position of a completion, h as in `
 
     KL(pi || ref)    mean over t of sum_v pi_v (log pi_v - log ref_v)        at the batch's own prefixes, nats per token
     margin           mean over pairs of h, nats
-    flips            share of pairs whose order by log pi - log ref is not that of the labels
+    accuracy         share of pairs with h > 0: ordered as their labels are, by log pi - log ref
+    flips            share of pairs that log pi orders otherwise than log ref does, whatever the labels
 
 These are not the divergence of whole answers that the policy would write, for which it must be sampled; they are exact
 at the prefixes that training sees, and cost no sampling.
@@ -47,6 +48,18 @@ class Comparison(NamedTuple):
     def log_ratios(self) -> Float[Tensor, " rows"]:
         """log pi(y|x) - log ref(y|x)."""
         return self.policy - self.reference
+
+    @property
+    def margins(self) -> Float[Tensor, " pairs"]:
+        """h of each pair; the batch has the chosen completions first, then the rejected ones in the same order."""
+        chosen, rejected = self.log_ratios.chunk(2)
+        return chosen - rejected
+
+    @property
+    def flips(self) -> Tensor:
+        """Share of pairs of which policy and reference do not find the same completion likelier."""
+        by_policy, by_reference = (torch.sub(*log_probs.chunk(2)) > 0 for log_probs in (self.policy, self.reference))
+        return (by_policy != by_reference).float().mean()
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class TrustRegionMixin:
     `reference/updates`, `reference/steps_since_update`, `reference/policy_weight` of the last update,
     `reference/log_ratio` (mean over completions of log pi - log ref, from TRL's rewards) and, with `reference.measure`,
     on the last batch: `reference/kl_current`, `kl_initial` (nats per token), `margin_current`, `margin_initial` (nats),
-    `flips_initial` and `distance` (see `trimtab.align.measures`).
+    `accuracy_initial`, `flips_current`, `flips_initial` and `distance` (see `trimtab.align.measures`).
 
     Raises `TrimtabError` where a reference cannot move: precomputed log-probabilities, no reference in the objective,
     models of different structure, and adapters of which there is no second one. `sync_ref_model=True`, TRL's own
@@ -165,9 +165,8 @@ class TrustRegionMixin:
         figures = {f"kl_{name}": each.mean_kl for name, each in found.items()}
         if isinstance(self, DPOTrainer):
             for name, each in found.items():
-                chosen, rejected = each.log_ratios.chunk(2)
-                figures[f"margin_{name}"] = (chosen - rejected).mean()
-            figures["flips_initial"] = (chosen <= rejected).float().mean()
+                figures |= {f"margin_{name}": each.margins.mean(), f"flips_{name}": each.flips}
+            figures["accuracy_initial"] = (found["initial"].margins > 0).float().mean()
         gathered = {name: self.accelerator.gather(value).mean().item() for name, value in figures.items()}  # type: ignore[attr-defined]
         return {f"reference/{name}": value for name, value in (gathered | {"distance": reference.distance()}).items()}
 
