@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.utils import use_adapter
 
 from trimtab.align import (
     TRDPOTrainer,
@@ -37,6 +39,7 @@ from trimtab.align import (
     UpdateSchedule,
 )
 from trimtab.align.functional import dpo_loss, ipo_loss, kto_loss
+from trimtab.align.ipo import IPOFormTrainer
 from trimtab.align.measures import reward_kl_curve
 from trimtab.align.reference import FILE
 from trimtab.core.errors import TrimtabError
@@ -308,6 +311,45 @@ def test_losses_are_the_formulas_on_sums_over_completions(loss: str, tmp_path: P
         "ipo": ipo_loss(chosen, rejected, beta=0.3, chosen_length=lengths[0], rejected_length=lengths[1]),
     }[loss]
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected.mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize(("ipo", "sigmoid"), [(1.0, 0.0), (2.0, 0.5)])
+def test_ipo_of_sums_is_the_papers(ipo: float, sigmoid: float, peft: bool, moves: bool, tmp_path: Path) -> None:
+    options = {"peft_config": ADAPTER} if peft else {}
+    kinds = {"loss_type": ["sigmoid", "ipo"], "loss_weights": [sigmoid, ipo]} if sigmoid else {"loss_type": "ipo"}
+    kind = functools.partial(TRDPOTrainer, reference=TrustRegionReference.hard(3)) if moves else IPOFormTrainer
+    args = settings(DPOConfig, tmp_path, **kinds)
+    trainer = kind(model(), args=args, processing_class=TOKENIZER, train_dataset=PAIRS, ipo_form="sums", **options)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(ipo * (1 / 0.6) ** 2 + sigmoid * math.log(2), rel=1e-5)
+    batch = next(iter(trainer.get_train_dataloader()))
+    mask = batch["completion_mask"][:, 1:]
+
+    def log_probs(which: Any) -> Tensor:
+        logits = which(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return (logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1) * mask).sum(-1)
+
+    policy = log_probs(trainer.model)
+    with torch.no_grad():
+        if not peft:
+            reference = log_probs(trainer.ref_model)
+        elif moves:
+            with use_adapter(trainer.model, "ref"):
+                reference = log_probs(trainer.model)
+        else:
+            with trainer.model.disable_adapter():
+                reference = log_probs(trainer.model)
+    chosen, rejected = (policy - reference).chunk(2)
+    expected = (ipo * ipo_loss(chosen, rejected, beta=0.3) + sigmoid * dpo_loss(chosen, rejected, beta=0.3)).mean()
+    found = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float(found.detach()) != pytest.approx(losses(trainer)[0], rel=1e-2)
+    trained = [tensor for tensor in trainer.model.parameters() if tensor.requires_grad]
+    gradients = zip(*(torch.autograd.grad(loss, trained) for loss in (found, expected)), strict=True)
+    for mine, theirs in gradients:
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_so_is_ktos(tmp_path: Path) -> None:
@@ -587,6 +629,30 @@ def test_kto_is_measured_without_pairs(tmp_path: Path) -> None:
 
 
 # -- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ipo_form": "sum"}, "ipo_form='sum' is not known"),
+        ({"loss_type": "sigmoid"}, r"ipo_form='sums' has no meaning for loss_type=\['sigmoid'\]"),
+        ({"use_weighting": True}, "use_weighting=True does not go with"),
+        ({"f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' does not go with"),
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5 does not go with"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True does not go with"),
+    ],
+)
+def test_sums_are_of_ipo_alone(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    form = options.get("ipo_form", "sums")
+    given = {"loss_type": "ipo"} | {name: value for name, value in options.items() if name != "ipo_form"}
+    with pytest.raises(TrimtabError, match=message):
+        IPOFormTrainer(
+            model(),
+            args=settings(DPOConfig, tmp_path, **given),
+            train_dataset=PAIRS,
+            processing_class=TOKENIZER,
+            ipo_form=form,
+        )
 
 
 def test_precomputed_log_probabilities_are_refused(tmp_path: Path) -> None:

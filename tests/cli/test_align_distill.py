@@ -198,6 +198,15 @@ def test_every_loss_goes_with_every_reference(bed: Path, tmp_path: Path, loss: s
         assert any(not torch.equal(w, start[name]) for name, w in weights(tmp_path / "run").items())
 
 
+@pytest.mark.parametrize("reference", [{"reference": "fixed"}, {"reference": "hard", "tau": 2}], ids=["fixed", "hard"])
+def test_both_forms_of_ipo(bed: Path, tmp_path: Path, reference: dict[str, Any]) -> None:
+    for form in ("means", "sums"):
+        assert main(align(bed, tmp_path / form, loss="ipo", ipo_form=form, beta="0.5", **reference)) == 0
+    assert main(align(bed, tmp_path / "default", loss="ipo", beta="0.5", **reference)) == 0
+    assert equal(tmp_path / "default", tmp_path / "means")
+    assert not equal(tmp_path / "sums", tmp_path / "means")
+
+
 @pytest.mark.parametrize("lora_soft", ["factors", "exact"])
 def test_soft_updates_of_adapters(bed: Path, tmp_path: Path, lora_soft: str) -> None:
     options = {"reference": "soft", "lora_rank": 2, "lora_soft": lora_soft}
@@ -498,6 +507,7 @@ def test_the_committed_stories_are_what_the_script_writes(capsys: pytest.Capture
         ({"beta": "-1"}, r"beta=-1\.0 must be positive"),
         ({"loss": "kto", "batch_size": "1"}, r"batch_size=1: kto pairs"),
         ({"loss": "kto", "batch_size": "25"}, r"24 examples do not fill one batch, which takes 25"),
+        ({"ipo_form": "sums"}, r"ipo_form='sums' has no meaning for loss='dpo'"),
         ({"desirable_weight": "2"}, r"have no meaning for loss='dpo'"),
         ({"alpha": "0.5"}, r"alpha=0\.5 has no meaning for reference='fixed'; accepted with: soft, mixed, every"),
         ({"reference": "soft", "tau": "3"}, r"tau=3 has no meaning for reference='soft'"),

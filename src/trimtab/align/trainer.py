@@ -23,6 +23,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RLOOConfig, RLO
 from trl.trainer.utils import use_adapter
 
 from trimtab.align.adapters import REFERENCE_ADAPTER
+from trimtab.align.ipo import IPOFormMixin
 from trimtab.align.measures import Batch, compare, completion_log_probs
 from trimtab.align.reference import FILE, TrustRegionReference
 from trimtab.core.errors import TrimtabError
@@ -177,8 +178,11 @@ class TrustRegionMixin:
             return completion_log_probs(self.model, row)  # type: ignore[attr-defined]
 
 
-class TRDPOTrainer(TrustRegionMixin, DPOTrainer):
-    """TRL's `DPOTrainer`, of every loss that looks at the reference (TR-DPO, TR-IPO)."""
+class TRDPOTrainer(IPOFormMixin, TrustRegionMixin, DPOTrainer):
+    """TRL's `DPOTrainer`, of every loss that looks at the reference (TR-DPO, TR-IPO).
+
+    `ipo_form`: "means" over tokens, as TRL has IPO, or "sums", as its paper has it (see `trimtab.align.ipo`).
+    """
 
 
 class TRKTOTrainer(TrustRegionMixin, KTOTrainer):

@@ -119,6 +119,7 @@ def align(
     loss: Loss = "dpo",
     beta: float = 0.05,
     max_length: int | None = None,
+    ipo_form: Literal["means", "sums"] = "means",
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     measure: bool = False,
@@ -136,9 +137,10 @@ def align(
     Args:
         model: folder or hub name of a causal language model, which is the first reference too
         out: directory of the run
-        loss: dpo, ipo (of mean log-ratios a token, as TRL has it), or kto
+        loss: dpo, ipo, or kto
         beta: how much the reference holds the policy back
         max_length: tokens of an example, what is beyond is cut off; default: 1024, or the model's positions if fewer
+        ipo_form: ipo: of means of log-ratios over a completion's tokens, as TRL has it, or of sums, as its paper has it
         desirable_weight: kto: weight of desirable completions
         undesirable_weight: kto: weight of undesirable ones
         measure: measure KL, margins and distance to the current and the first reference at each log
@@ -155,6 +157,8 @@ def align(
         raise TrimtabError("lora_soft='exact' has no meaning without adapters; accepted: with lora_rank")
     if measure and reference.reference == "fixed":
         raise TrimtabError("measure has no meaning for reference='fixed': it never moves")
+    if loss != "ipo" and ipo_form != "means":
+        raise TrimtabError(f"ipo_form={ipo_form!r} has no meaning for loss={loss!r}; accepted: ipo")
     if loss != "kto" and (desirable_weight, undesirable_weight) != (1.0, 1.0):
         raise TrimtabError(f"desirable_weight and undesirable_weight have no meaning for loss={loss!r}; accepted: kto")
     shapes = causal_model_without_weights(model, training.dtype, trust_remote_code=trust_remote_code)
@@ -181,7 +185,7 @@ def align(
         else:
             arguments |= {"loss_type": ["ipo" if loss == "ipo" else "sigmoid"]}
         with hosts_to_themselves():
-            return _trainer(loss, moving, policy, arguments, examples, tokenizer, lora_config(training))
+            return _trainer(loss, ipo_form, moving, policy, arguments, examples, tokenizer, lora_config(training))
 
     if dry_run:
         updates = moving.schedule.updates(steps) if moving is not None else 0
@@ -196,6 +200,7 @@ def align(
         print(_plan(f"align {model} ({loss})", facts, shapes, trainer, steps, moving, training))
         return
     identity = {"command": "align", "model": model, "loss": loss, "beta": beta, "max_length": length}
+    identity |= {"ipo_form": ipo_form}
     identity |= {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight, "measure": measure}
     identity |= asdict(reference) | asdict(data) | asdict(training) | {"data_sha256": digest(loaded)}
     metrics = finished_metrics(out, identity)
@@ -211,14 +216,25 @@ def align(
 
 
 def _trainer(
-    loss: Loss, moving: Any, policy: Any, arguments: dict[str, Any], examples: Any, tokenizer: Any, adapters: Any
+    loss: Loss,
+    ipo_form: str,
+    moving: Any,
+    policy: Any,
+    arguments: dict[str, Any],
+    examples: Any,
+    tokenizer: Any,
+    adapters: Any,
 ) -> Any:
     import trl
 
-    config = (trl.KTOConfig if loss == "kto" else trl.DPOConfig)(**arguments)
-    shared = {"args": config, "train_dataset": examples, "processing_class": tokenizer, "peft_config": adapters}
+    shared = {"train_dataset": examples, "processing_class": tokenizer, "peft_config": adapters}
+    shared["args"] = (trl.KTOConfig if loss == "kto" else trl.DPOConfig)(**arguments)
+    if loss != "kto":
+        shared["ipo_form"] = ipo_form
     if moving is None:
-        return (trl.KTOTrainer if loss == "kto" else trl.DPOTrainer)(policy, **shared)
+        from trimtab.align.ipo import IPOFormTrainer
+
+        return (trl.KTOTrainer if loss == "kto" else IPOFormTrainer)(policy, **shared)
     from trimtab.align.trainer import TRDPOTrainer, TRKTOTrainer
 
     return (TRKTOTrainer if loss == "kto" else TRDPOTrainer)(policy, reference=moving, **shared)
