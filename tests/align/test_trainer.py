@@ -490,28 +490,60 @@ def test_conversations_by_a_chat_template(tmp_path: Path) -> None:
     assert losses(trainer) == pytest.approx([math.log(2)] * 2, rel=1e-6)
 
 
+def online(kind: Any, config: Any, out: Path, reference: TrustRegionReference, **options: Any) -> Any:
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(set(text))) for text in completions]
+
+    settled = {"max_steps": 2, "num_generations": 2, "max_completion_length": 4, "learning_rate": 1e-2}
+    return kind(
+        model(),
+        reward_funcs=reward,
+        args=settings(config, out, **settled),
+        processing_class=copy.deepcopy(TOKENIZER),
+        reference=reference,
+        **{"train_dataset": PAIRS.select_columns(["prompt"])} | options,
+    )
+
+
 @pytest.mark.parametrize(
     ("trainer", "base", "config"), [(TRGRPOTrainer, GRPOTrainer, GRPOConfig), (TRRLOOTrainer, RLOOTrainer, RLOOConfig)]
 )
 @pytest.mark.parametrize("peft", [False, True])
 def test_online_trainers_follow(trainer: Any, base: Any, config: Any, peft: bool, tmp_path: Path) -> None:
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(set(text))) for text in completions]
-
-    made = trainer(
-        model(),
-        reward_funcs=reward,
-        args=settings(config, tmp_path, max_steps=2, num_generations=2, max_completion_length=4, learning_rate=1e-2),
-        train_dataset=PAIRS.select_columns(["prompt"]),
-        processing_class=copy.deepcopy(TOKENIZER),
-        reference=TrustRegionReference.hard(2),
-        **({"peft_config": ADAPTER} if peft else {}),
-    )
+    options = {"peft_config": ADAPTER} if peft else {}
+    made = online(trainer, config, tmp_path, TrustRegionReference.hard(2), **options)
     made.train()
     assert isinstance(made, base)
     assert made.reference.n_updates == 1
     assert made.reference.distance() == 0
     assert made.state.log_history[1]["kl"] > 0
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(TRGRPOTrainer, GRPOConfig), (TRRLOOTrainer, RLOOConfig)])
+@pytest.mark.parametrize("peft", [False, True])
+def test_online_trainers_measure_the_way_from_the_initial_reference(
+    trainer: Any, config: Any, peft: bool, tmp_path: Path
+) -> None:
+    options = {"peft_config": ADAPTER} if peft else {}
+    made = online(trainer, config, tmp_path, TrustRegionReference.hard(1, measure=True), **options)
+    made.train()
+    first, last = made.state.log_history[:2]
+    assert first["reference/kl_current"] == pytest.approx(first["reference/kl_initial"], rel=1e-4)
+    assert last["reference/kl_current"] != pytest.approx(last["reference/kl_initial"], rel=1e-2)
+    batch = made._last_batch
+    ids, count = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), batch["completion_ids"].shape[1]
+    attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+
+    @torch.no_grad()
+    def log_probs(which: Any) -> Tensor:
+        logits = which.eval()(ids, attention_mask=attended).logits[:, -count - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
+
+    ratio = log_probs(made.model) - log_probs(model())
+    per_token = ratio if trainer is TRRLOOTrainer else (-ratio).exp() - 1 + ratio
+    expected = per_token[batch["completion_mask"].bool()].mean()
+    assert last["reference/kl_initial"] == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+    assert last["reference/distance"] > 0
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -751,14 +783,27 @@ def test_a_trainer_without_a_reference_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_an_online_trainer_is_not_measured(tmp_path: Path) -> None:
-    args = settings(GRPOConfig, tmp_path, num_generations=2)
-    with pytest.raises(TrimtabError, match="measure=True reads preference batches"):
-        TRGRPOTrainer(
+def test_batches_that_are_not_known_are_not_measured(tmp_path: Path) -> None:
+    class Other(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.ref_model = model()
+
+    class Mixed(TrustRegionMixin, Other):
+        pass
+
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(TrimtabError, match="measure=True does not know the batches of Mixed"):
+        Mixed(
             model(),
-            reward_funcs=len,
             args=args,
-            train_dataset=PAIRS,
+            train_dataset=Dataset.from_list([{"text": "a b c"}]),
             processing_class=TOKENIZER,
             reference=TrustRegionReference.hard(1, measure=True),
         )
+
+
+def test_images_are_not_measured(tmp_path: Path) -> None:
+    rows = PAIRS.select_columns(["prompt"]).add_column("image", [None] * len(PAIRS))
+    with pytest.raises(TrimtabError, match="measure=True reads text alone"):
+        online(TRGRPOTrainer, GRPOConfig, tmp_path, TrustRegionReference.hard(1, measure=True), train_dataset=rows)

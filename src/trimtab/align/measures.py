@@ -1,4 +1,4 @@
-"""How far a policy is from its references, on a batch of preferences.
+"""How far a policy is from its references, on a batch of preferences or of sampled answers.
 
 Symbols: pi the policy, ref a reference, t a position of a completion, h as in `trimtab.align.functional`:
 
@@ -7,8 +7,12 @@ Symbols: pi the policy, ref a reference, t a position of a completion, h as in `
     accuracy         share of pairs with h > 0: ordered as their labels are, by log pi - log ref
     flips            share of pairs that log pi orders otherwise than log ref does, whatever the labels
 
-These are not the divergence of whole answers that the policy would write, for which it must be sampled; they are exact
-at the prefixes that training sees, and cost no sampling.
+of online training, at the tokens y_t that an answer was sampled to have, with d = log ref(y_t) - log pi(y_t):
+
+    KL(pi || ref)    mean over t of exp(d) - d - 1, in GRPO; of -d, in RLOO: each as TRL estimates it there
+
+Those of preferences are not the divergence of whole answers that the policy would write, for which it must be sampled;
+they are exact at the prefixes that training sees, and cost no sampling.
 
 Rows are read one at a time, and of each the positions of its completion alone, so that no more than one row's
 distributions are held at once.

@@ -49,7 +49,7 @@ class TrustRegionReference:
       approximation that costs nothing; "exact" averages their product, at the memory of the adapted weights in
       float32. Other policies have one way.
     - `measure`: also measure the KL divergence from the current and from the initial reference when the trainer
-      logs. It takes four forward passes at each log, a row at a time, and a copy of the initial reference.
+      logs. It takes three or four forward passes at each log, and a copy of the initial reference.
 
     Presets: `soft(alpha)`, `hard(tau)`, `mixed(alpha, tau)`, `every(fraction)`.
 

@@ -13,6 +13,7 @@ import functools
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from trimtab.core.errors import TrimtabError
 
 __all__ = ["TRDPOTrainer", "TRGRPOTrainer", "TRKTOTrainer", "TRRLOOTrainer", "TrustRegionMixin"]
 
-_BATCH = ("input_ids", "attention_mask", "completion_mask")
+_BATCH = ("input_ids", "attention_mask", "completion_mask", "prompt_ids", "prompt_mask", "completion_ids", "tool_mask")
+"""What is measured, of preferences and of sampled answers."""
 _DECOMPOSING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -45,7 +47,8 @@ class TrustRegionMixin:
     `reference/updates`, `reference/steps_since_update`, `reference/policy_weight` of the last update,
     `reference/log_ratio` (mean over completions of log pi - log ref, from TRL's rewards) and, with `reference.measure`,
     on the last batch: `reference/kl_current`, `kl_initial` (nats per token), `margin_current`, `margin_initial` (nats),
-    `accuracy_initial`, `flips_current`, `flips_initial` and `distance` (see `trimtab.align.measures`).
+    `accuracy_initial`, `flips_current`, `flips_initial` and `distance`. Of an online trainer these are `kl_current` and
+    `kl_initial`, estimated at the tokens of the last answers, and `distance`. See `trimtab.align.measures`.
 
     Raises `TrimtabError` where a reference cannot move: precomputed log-probabilities, no reference in the objective,
     models of different structure, and adapters of which there is no second one. `sync_ref_model=True`, TRL's own
@@ -97,7 +100,7 @@ class TrustRegionMixin:
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.reference.measure and self.model.training:  # type: ignore[attr-defined]
-            self._last_batch = {name: inputs[name] for name in _BATCH}
+            self._last_batch = {name: inputs[name] for name in _BATCH if name in inputs}
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -155,27 +158,52 @@ class TrustRegionMixin:
     @torch.no_grad()
     def _measured(self, batch: Batch) -> dict[str, float]:
         model, reference = self.model, self.reference  # type: ignore[attr-defined]
-        policy = functools.partial(completion_log_probs, model)
+        measured = self._of_answers if isinstance(self, GRPOTrainer | RLOOTrainer) else self._of_preferences
         model.eval()
         try:
-            found = {"current": compare(policy, self._read_reference, batch)}
-            with reference.as_at_first():
-                found["initial"] = compare(policy, self._read_reference, batch)
+            figures = measured(batch)
         finally:
             model.train()
+        return {f"reference/{name}": value for name, value in (figures | {"distance": reference.distance()}).items()}
+
+    def _of_preferences(self, batch: Batch) -> dict[str, float]:
+        policy = functools.partial(completion_log_probs, self.model)  # type: ignore[attr-defined]
+        read_reference = functools.partial(self._by_reference, completion_log_probs)
+        found = {"current": compare(policy, read_reference, batch)}
+        with self.reference.as_at_first():
+            found["initial"] = compare(policy, read_reference, batch)
         figures = {f"kl_{name}": each.mean_kl for name, each in found.items()}
         if isinstance(self, DPOTrainer):
             for name, each in found.items():
                 figures |= {f"margin_{name}": each.margins.mean(), f"flips_{name}": each.flips}
             figures["accuracy_initial"] = (found["initial"].margins > 0).float().mean()
-        gathered = {name: self.accelerator.gather(value).mean().item() for name, value in figures.items()}  # type: ignore[attr-defined]
-        return {f"reference/{name}": value for name, value in (gathered | {"distance": reference.distance()}).items()}
+        return {name: self.accelerator.gather(value).mean().item() for name, value in figures.items()}  # type: ignore[attr-defined]
 
-    def _read_reference(self, row: Batch) -> Tensor:
+    def _of_answers(self, batch: Batch) -> dict[str, float]:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+
+        def log_probs(model: Any) -> Tensor:
+            return self._get_per_token_logps_and_entropies(model, ids, attended, batch["completion_ids"].shape[1])[0]  # type: ignore[attr-defined]
+
+        policy, found = log_probs(self.model), {"kl_current": self._by_reference(log_probs)}  # type: ignore[attr-defined]
+        with self.reference.as_at_first():
+            found["kl_initial"] = self._by_reference(log_probs)
+        figures = {}
+        for name, by_reference in found.items():
+            d = by_reference - policy
+            per_token = -d if isinstance(self, RLOOTrainer) else d.exp() - d - 1
+            total, count = self.accelerator.reduce(torch.stack([(per_token * mask).sum(), mask.sum().float()]))  # type: ignore[attr-defined]
+            figures[name] = (total / count.clamp(min=1)).item()
+        return figures
+
+    def _by_reference(self, read: Callable[..., Tensor], *given: Any) -> Tensor:
+        """read(the current reference, *given)."""
         if self.ref_model is not None:  # type: ignore[attr-defined]
-            return completion_log_probs(self.ref_model, row)  # type: ignore[attr-defined]
+            return read(self.ref_model, *given)  # type: ignore[attr-defined]
         with use_adapter(self.accelerator.unwrap_model(self.model), REFERENCE_ADAPTER):  # type: ignore[attr-defined]
-            return completion_log_probs(self.model, row)  # type: ignore[attr-defined]
+            return read(self.model, *given)  # type: ignore[attr-defined]
 
 
 class TRDPOTrainer(IPOFormMixin, TrustRegionMixin, DPOTrainer):
@@ -273,9 +301,11 @@ def _refuse_host(trainer: Any) -> None:
 
 
 def _refuse_unmeasured(trainer: Any) -> None:
-    if not isinstance(trainer, DPOTrainer | KTOTrainer):
-        raise TrimtabError("measure=True reads preference batches (DPO, KTO); an online trainer logs its KL itself.")
-    if trainer._is_vision_dataset:
+    if not isinstance(trainer, DPOTrainer | KTOTrainer | GRPOTrainer | RLOOTrainer):
+        kind = type(trainer).__name__
+        raise TrimtabError(f"measure=True does not know the batches of {kind}; accepted: DPO, KTO, GRPO, RLOO.")
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if getattr(trainer, "_is_vision_dataset", False) or {"image", "images"} & set(columns):
         raise TrimtabError("measure=True reads text alone, and this data set has images.")
     if trainer.is_fsdp_enabled and hasattr(trainer.model, "peft_config"):
         raise TrimtabError("measure=True copies the first adapter before FSDP shards it: not for PEFT under FSDP.")
