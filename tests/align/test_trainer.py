@@ -234,10 +234,14 @@ def test_logs_are_of_the_reference_that_the_loss_had(tmp_path: Path) -> None:
     assert all(log["reference/kl_current"] > 0 and log["reference/distance"] > 0 for log in logs)
 
 
-def test_an_adapter_of_another_name_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_of_another_name_is_refused(beside: bool, tmp_path: Path) -> None:
+    """TRL fails on it, or, with an idle "default" beside, would begin the reference as the copy of that one."""
     named = get_peft_model(model(), ADAPTER, adapter_name="mine")
+    if beside:
+        named.add_adapter("default", ADAPTER)
     args = settings(DPOConfig, tmp_path)
-    with pytest.raises(TrimtabError, match="named 'default'"):
+    with pytest.raises(TrimtabError, match=r"active adapters are \['mine'\].*named 'default'"):
         TRDPOTrainer(named, args=args, train_dataset=PAIRS, processing_class=TOKENIZER)
 
 

@@ -276,8 +276,11 @@ def _refuse_adapter(model: Any) -> None:
         raise TrimtabError(
             'The model has an adapter "ref" already, of an earlier run: call model.delete_adapter("ref").'
         )
-    if configs and "default" not in configs:
-        raise TrimtabError(f"The adapters are {sorted(configs)}: TRL takes the policy's to be named 'default'.")
+    if configs and list(model.active_adapters) != ["default"]:
+        raise TrimtabError(
+            f"The active adapters are {list(model.active_adapters)}: TRL takes the policy's to be named 'default', and "
+            "begins the reference as a copy of that one; accepted: 'default', or the base model with peft_config."
+        )
     for config in configs.values():
         init = getattr(config, "init_lora_weights", True)
         if isinstance(init, str) and init.lower().startswith(_DECOMPOSING):
