@@ -380,6 +380,31 @@ def test_prompts_of_every_kind(tiny_tokenizer: Any) -> None:
     assert prompts(texts, tokenizer, prompt_tokens=2)["prompt"][:] == ["w5 w6"]
 
 
+@pytest.mark.parametrize("command", ["align", "distill", "distill texts"])
+def test_examples_that_are_left_out_are_counted_on_the_screen(
+    bed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    pair = {"prompt": "w5", "chosen": " w6", "rejected": " w7", "text": "w5 w6 w7 w8"}
+    long = {"prompt": " ".join(["w5"] * 20), "text": "w5"}
+    data = write(tmp_path / "data.jsonl", [pair] * 8 + [pair | long] * 3)
+    match command:
+        case "align":
+            options, said = align(bed, tmp_path / "o", data=data, max_length=10), "prompt has 10 tokens or more"
+        case "distill":
+            options, said = distill(bed, tmp_path / "o", data=data, max_prompt_length=9), "prompt has 10 tokens or more"
+        case _:
+            texts = write(tmp_path / "t.jsonl", [{"text": row["text"]} for row in [pair] * 8 + [pair | long] * 3])
+            options = distill(bed, tmp_path / "o", data=texts, prompt_tokens=3)
+            said = "have less than 3 tokens"
+    assert main([*options, "--dry_run"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trimtab: 3 of 11 ")]
+    assert len(lines) == 1
+    assert lines[0].endswith(said)
+    short = write(tmp_path / "short.jsonl", [pair] * 8)
+    assert main([*align(bed, tmp_path / "p", data=short, max_length=10), "--dry_run"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
 def with_template(tokenizer: Any) -> Any:
     copied = copy.deepcopy(tokenizer)
     copied.chat_template = TEMPLATE

@@ -19,6 +19,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from trimtab.core.errors import TrimtabError, unknown
+from trimtab.core.progress import console
 
 __all__ = [
     "DataSettings",
@@ -198,7 +199,10 @@ def prompts(
 
 
 def within_length(examples: datasets.Dataset, tokenizer: Any, limit: int) -> datasets.Dataset:
-    """The examples whose prompt has less than `limit` tokens. Raises TrimtabError if none has."""
+    """The examples whose prompt has less than `limit` tokens; says how many are left out.
+
+    Raises TrimtabError if all are.
+    """
 
     def fits(example: Mapping[str, Any]) -> bool:
         return len(prompt_ids(tokenizer, example["prompt"])) < limit
@@ -206,7 +210,14 @@ def within_length(examples: datasets.Dataset, tokenizer: Any, limit: int) -> dat
     kept = examples.filter(fits)
     if not len(kept):
         raise TrimtabError(f"every prompt of the data has {limit} tokens or more; accepted: shorter ones")
+    which = f"examples left out, whose prompt has {limit:,} tokens or more"
+    _say_left_out(len(examples) - len(kept), len(examples), which)
     return kept
+
+
+def _say_left_out(count: int, of: int, which: str) -> None:
+    if count:
+        console(stderr=True).print(f"trimtab: {count:,} of {of:,} {which}", highlight=False, soft_wrap=True)
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
@@ -247,6 +258,7 @@ def _openings(examples: datasets.Dataset, tokenizer: Any, tokens: int) -> datase
     found = examples.map(opening, batched=True, remove_columns=examples.column_names)
     if not len(found):
         raise TrimtabError(f"prompt_tokens={tokens}: every text of the data is shorter")
+    _say_left_out(len(examples) - len(found), len(examples), f"texts left out, which have less than {tokens:,} tokens")
     return found
 
 
