@@ -11,6 +11,8 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,43 @@ def test_an_interrupt_finishes_the_step_and_writes_a_checkpoint(
     assert not (tmp_path / "run" / "model").exists()
     assert main(align(bed, tmp_path / "run", **SIX)) == 0
     assert equal(tmp_path / "run", aligned)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from trimtab.cli import main, training
+end, rank = training._Watch.on_step_end, os.environ["RANK"]
+
+def on_step_end(self, args, state, control, **others):
+    if state.global_step == 3 and rank == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    end(self, args, state, control, **others)
+
+training._Watch.on_step_end = on_step_end
+status = main(sys.argv[2:])
+Path(sys.argv[1], rank).write_text(str(status))
+sys.exit(status)
+"""
+
+
+@pytest.mark.distributed
+def test_processes_stop_after_the_same_step_and_each_with_130(bed: Path, tmp_path: Path) -> None:
+    """One of two is asked to. torchrun itself then ends with 1, whatever its processes end with."""
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = align(bed, tmp_path / "run", batch_size=2, **SIX)
+    done = subprocess.run(
+        [*launch, str(tmp_path / "program.py"), str(tmp_path), *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["130", "130"], done.stderr[-2000:]
+    assert checkpoints(tmp_path / "run") == [2, 3]
+    assert done.returncode == 1
 
 
 def test_a_run_that_was_killed_before_its_model_was_saved(bed: Path, aligned: Path, tmp_path: Path) -> None:

@@ -274,6 +274,7 @@ def run_trainer(
             before()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < trainer.args.max_steps:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others as soon as one has left
         raise KeyboardInterrupt
     # The summary that the Trainer logs at the end, and TRL's count of tokens, begin anew where the run was taken up.
     history = [
@@ -348,10 +349,17 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if self._bar is not None:
             self._bar.advance(1, self._note)
-        if self.stop:
+        if self._is_to_stop():
             control.should_save = control.should_training_stop = True
         # What the Trainer has summed up since it last logged is in no checkpoint; the last step is saved as well.
         control.should_log = control.should_log or control.should_save
+
+    def _is_to_stop(self) -> bool:
+        """Whether any process was asked to: all must stop after one and the same step, or they wait for each other."""
+        if self._accelerator.num_processes > 1:
+            asked = torch.tensor([int(self.stop)], device=self._accelerator.device)
+            self.stop = bool(self._accelerator.gather(asked).any())
+        return self.stop
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._accelerator.wait_for_everyone()
