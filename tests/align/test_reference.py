@@ -283,6 +283,18 @@ def test_the_dense_average_leaves_the_policy_and_the_base_alone() -> None:
         assert torch.equal(logits(model), base)
 
 
+def test_exact_averages_are_made_for_an_alpha_that_falls_below_one() -> None:
+    model = lora()
+    reference = TrustRegionReference(UpdateSchedule(alpha=1, tau=1, final_alpha=0.5), lora="exact")
+    reference.bind(model)
+    base = merged(model)
+    perturb(model, 1, "default")
+    reference.update(2, 2)
+    averaged = llama(0)
+    averaged.load_state_dict({name: (base[name] + tensor) / 2 for name, tensor in merged(model).items()})
+    torch.testing.assert_close(logits(model, "ref"), logits(averaged), atol=1e-5, rtol=1e-5)
+
+
 def test_averaging_factors_warns() -> None:
     with pytest.warns(UserWarning, match="only approximates averaging the weights"):
         TrustRegionReference.soft(0.4).bind(lora())

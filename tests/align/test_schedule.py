@@ -53,6 +53,39 @@ def test_a_threshold_holds_updates_back() -> None:
     assert not schedule.policy_weight(3, 10, margin=9.0)
 
 
+def test_tau_and_alpha_change_in_a_straight_line() -> None:
+    longer = UpdateSchedule(alpha=1, tau=2, final_tau=6)
+    assert moves(longer, 20) == [2, 4, 7, 10, 14, 19]  # 2.0, 2.4, 2.8, 3.4, 4.0, 4.8, rounded; then 5.8
+    assert longer.interval(20) == 2
+    shorter = UpdateSchedule(alpha=1, tau=6, final_tau=2)
+    assert moves(shorter, 20) == [6, 11, 15, 18, 20]
+    assert (longer.updates(20), shorter.updates(20)) == (6, 5)
+    weights = UpdateSchedule(alpha=0.25, tau=5, final_alpha=1)
+    assert [weights.policy_weight(step, 20) for step in (5, 10, 15, 20)] == [0.4375, 0.625, 0.8125, 1.0]
+    assert weights.policy_weight(6, 20) == 0
+    part = UpdateSchedule(alpha=1, tau=None, fraction=0.1, final_tau=6, start_step=3, stop_step=14)
+    assert moves(part, 20) == [4, 7, 10, 14]  # the line is that of the whole run
+
+
+def test_a_line_between_equals_is_none() -> None:
+    for total in (12, 100):
+        flat = UpdateSchedule(alpha=0.3, tau=3, final_alpha=0.3, final_tau=3)
+        assert moves(flat, total) == moves(UpdateSchedule(alpha=0.3, tau=3), total)
+        assert flat.policy_weight(9, total) == 0.3
+
+
+def test_whether_a_schedule_ever_moves_or_averages() -> None:
+    for options, moves_ever, averages in (
+        ({"alpha": 1}, True, False),
+        ({"alpha": 0.5}, True, True),
+        ({"alpha": 1, "final_alpha": 1}, True, False),
+        ({"alpha": 1, "final_alpha": 0.5}, True, True),
+        ({"alpha": 0, "final_alpha": 1}, True, True),
+    ):
+        schedule = UpdateSchedule(**options)
+        assert (schedule.moves, schedule.averages) == (moves_ever, averages)
+
+
 def test_alpha_zero_warns_and_never_moves() -> None:
     with pytest.warns(UserWarning, match="never moves"):
         schedule = UpdateSchedule(alpha=0, tau=1)
@@ -85,6 +118,10 @@ def test_others_do_not_warn() -> None:
         ({"tau": None, "fraction": 1.1}, "fraction=1.1"),
         ({"start_step": -1}, "start_step=-1"),
         ({"start_step": 5, "stop_step": 5}, "stop_step=5"),
+        ({"final_alpha": 1.5}, "final_alpha=1.5"),
+        ({"final_alpha": math.nan}, "final_alpha=nan"),
+        ({"final_tau": 0}, "final_tau=0"),
+        ({"final_tau": 2.5}, "final_tau=2.5"),
         ({"margin_threshold": math.nan}, "margin_threshold=nan"),
     ],
 )

@@ -118,7 +118,7 @@ class TrustRegionReference:
                     "lora='exact' reads whole factors, which DeepSpeed's ZeRO-3 holds in parts: 'factors'."
                 )
             self._adapter = add_reference_adapter(policy)
-            averaged = 0 < self.schedule.alpha < 1
+            averaged = self.schedule.averages
             if averaged and self.lora == "exact":
                 self._deltas = dense_deltas(policy, self._adapter)
             elif averaged:

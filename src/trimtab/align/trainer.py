@@ -236,7 +236,7 @@ class _Update(TrainerCallback):
         reference.restart()
         if self.trainer._resumed_from is not None:
             reference.load(Path(self.trainer._resumed_from, FILE))
-        if reference.schedule.alpha and not reference.schedule.updates(state.max_steps):
+        if reference.schedule.moves and not reference.schedule.updates(state.max_steps):
             warnings.warn(
                 f"The reference never moves: its first update would come after step "
                 f"{reference.schedule.interval(state.max_steps)}, and the run has {state.max_steps}.",

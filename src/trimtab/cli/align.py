@@ -268,7 +268,7 @@ def _reference_bytes(shapes: Any, moving: Any, training: AlignTraining, saved: i
     """Bytes that the reference takes in memory, and in a checkpoint. `saved`: those of what is trained."""
     if moving is None:
         return (0 if training.lora_rank else saved), 0  # without its adapter, the policy is the first reference
-    averaged = 0 < moving.schedule.alpha < 1
+    averaged = moving.schedule.averages
     held = saved
     if averaged and moving.lora == "exact" and training.lora_rank:
         adapted = [module for module in shapes.modules() if hasattr(module, "lora_A")]
