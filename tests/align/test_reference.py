@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -295,6 +296,48 @@ def test_exact_averages_are_made_for_an_alpha_that_falls_below_one() -> None:
     torch.testing.assert_close(logits(model, "ref"), logits(averaged), atol=1e-5, rtol=1e-5)
 
 
+class Int8Linear(nn.Linear):
+    """A layer of integers, which no adapter can be merged into."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+@pytest.mark.parametrize("kind", ["factors", "exact"])
+def test_a_quantised_base_is_neither_read_nor_written(kind: str) -> None:
+    """Reference and policy share it: what is averaged is what the adapters add, as on the base's rounded weights."""
+    found = []
+    for quantised in (True, False):
+        base = llama(0, tied=False)
+        for layer in base.model.layers:
+            for block, name in ((layer.self_attn, "q_proj"), (layer.self_attn, "v_proj"), (layer.mlp, "down_proj")):
+                integers = Int8Linear(getattr(block, name))
+                if quantised:
+                    setattr(block, name, integers)
+                else:
+                    getattr(block, name).weight.data = integers.weight.float() * integers.scale
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=TARGETS)).eval()
+        before = {n: t.clone() for n, t in model.named_parameters() if "lora_" not in n}
+        reference = TrustRegionReference.soft(0.4, lora=kind, measure=True)
+        reference.bind(model)
+        for step in (1, 2, 3):
+            perturb(model, step, "default")
+            reference.update(step, 3)
+        with reference.as_at_first():
+            first = logits(model, "ref")
+        found.append((logits(model, "ref"), first, torch.tensor(reference.distance())))
+        assert all(torch.equal(t, before[n]) for n, t in model.named_parameters() if "lora_" not in n)
+    for of_integers, of_floats in zip(*found, strict=True):
+        torch.testing.assert_close(of_integers, of_floats, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0][0], found[0][1], atol=1e-3)
+
+
 def test_averaging_factors_warns() -> None:
     with pytest.warns(UserWarning, match="only approximates averaging the weights"):
         TrustRegionReference.soft(0.4).bind(lora())
@@ -408,6 +451,31 @@ def test_a_bfloat16_reference_in_partitions_goes_on_from_its_float32(
         found.append(reference._masters)
     assert len(found[0]) > 0
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_each_process_gathers_equally_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or they wait for each other. The float32 master is on the process that writes, and on no other."""
+    counts = []
+    for rank in (0, 1):
+        fake, module = FakeZero(rank), types.ModuleType("deepspeed")
+        module.zero = fake  # type: ignore[attr-defined]
+        module.comm = types.SimpleNamespace(get_rank=lambda rank=rank: rank)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "deepspeed", module)
+        policy, model = fake.partition(llama(0).bfloat16()), fake.partition(llama(1).bfloat16())
+        reference = TrustRegionReference.soft(0.25)
+        reference.bind(policy, model)
+        opened = [fake.open]
+        reference.update(1, 2)
+        opened.append(fake.open)
+        reference.save(tmp_path / FILE, writes=rank == 0)
+        opened.append(fake.open)
+        reference.load(tmp_path / FILE)
+        opened.append(fake.open)
+        assert len(reference._masters) == (len(list(model.parameters())) if rank == 0 else 0)
+        counts.append([after - before for before, after in itertools.pairwise(opened)])
+    assert counts[0] == counts[1]
+    assert min(counts[0]) >= len(list(llama(0).parameters()))
+    assert {tensor.dtype for tensor in load_file(tmp_path / FILE).values()} == {torch.float32}
 
 
 # -- files -----------------------------------------------------------------------------------------
