@@ -550,6 +550,32 @@ def test_online_trainers_measure_the_way_from_the_initial_reference(
     assert last["reference/distance"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, of what TRL has it trace
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_compiled_model_is_followed(peft: bool, tmp_path: Path) -> None:
+    found = []
+    for name, options in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": "eager"})):
+        trainer = TRDPOTrainer(
+            model(),
+            args=settings(DPOConfig, tmp_path / name, max_steps=2, loss_type="ipo", **options),
+            train_dataset=PAIRS,
+            processing_class=TOKENIZER,
+            reference=TrustRegionReference.soft(0.4, lora="exact", measure=True),
+            ipo_form="sums",
+            **({"peft_config": ADAPTER} if peft else {}),
+        )
+        trainer.train()
+        held = {name: tensor.clone() for name, tensor in trainer.reference._held().items()}
+        found.append((losses(trainer), held, trainer.state.log_history[1]["reference/kl_initial"]))
+    (plain, reference, kl), (compiled, other, kl_of_other) = found
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert kl_of_other == pytest.approx(kl, rel=1e-3)
+    assert reference.keys() == other.keys()
+    for name, tensor in reference.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 
