@@ -23,6 +23,7 @@ SCRIPTS = (
     "sae_training",
     "sae_methods",
     "kron_claims",
+    "tr_align_betas",
 )
 LONG = ("sae_rates", "gemma_dictionaries", "gemma_align", "gemma_distill", "gpu", "gpu_trust_region")
 """Run only when named: they take long, or a GPU."""

@@ -18,6 +18,7 @@ from benchmarks import (
     sae_methods,
     sae_rates,
     sae_training,
+    tr_align_betas,
     trb_rollout,
     trust_region,
 )
@@ -30,6 +31,7 @@ from trimtab.core.simplex import trust_region_blend
 from trimtab.distill import TRBTrainer
 from trimtab.distill.eos import StopIds
 from trimtab.distill.processor import TrustRegionBlend
+from trimtab.gallery.experiments.tr_align import TUNED
 from trimtab.gallery.testbeds.micro import micro_model
 
 ROW = Row(name="speed", unit="tokens/s", ours=300.0, peer=200.0, repeats=3, cpu_seconds=2.0, wall_seconds=1.0)
@@ -257,3 +259,24 @@ def test_steps_after_the_warm_up_are_those_of_both_trainers(trainer: type) -> No
     trb_rollout.training_step(trainer, student, teacher)()
     assert any(weight.grad is not None for weight in student.parameters())
     assert all(torch.equal(weight, old) for weight, old in zip(student.parameters(), before, strict=True))
+
+
+def test_tuned_betas_are_compared_in_pairs_with_others() -> None:
+    rows = {row.name: row for row in tr_align_betas.measure(range(5000, 5003), 20)}
+    for loss, beta in TUNED:
+        others = [other for other in tr_align_betas.BETAS[loss] if other != beta]
+        assert len(others) == 4
+        tuned = rows[f"{loss}, beta {beta:g}: reward gained"]
+        assert f"{loss}, beta {beta:g}: difference to the tuned beta" not in rows
+        for other in others:
+            gained = rows[f"{loss}, beta {other:g}: reward gained"]
+            difference = rows[f"{loss}, beta {other:g}: difference to the tuned beta"]
+            assert difference.ours == pytest.approx(gained.ours - tuned.ours, abs=1e-6)
+    assert {row.seeds for row in rows.values()} == {3}
+
+
+def test_the_committed_sweep_finds_the_tuned_betas_best() -> None:
+    rows = measure.read_rows("tr_align_betas")
+    differences = [row for row in rows if row["name"].endswith("difference to the tuned beta")]
+    assert len(differences) == 4 * len(TUNED)
+    assert all(row["ours"] < 0 for row in differences)

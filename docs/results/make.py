@@ -1,7 +1,7 @@
 """Write the tables of this folder from what was measured: `python docs/results/make.py [DIR]`.
 
     benchmarks.md      from benchmarks/results/*.json, which `make bench` writes
-    SCRIPT.md          from those of gemma_align and gemma_distill: a line an arm, a column a figure
+    SCRIPT.md          from those of OF_ARMS: a line an arm, a column a figure
     gallery-METHOD.md  from src/trimtab/gallery/full_results/METHOD.json, the committed entry of a full gallery run
 
 With DIR, the output of `trimtab gallery run --out DIR`, its full entries become the committed ones first, and their
@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 FULL_RESULTS = ROOT / "src" / "trimtab" / "gallery" / "full_results"
 NOTHING = "*No figures are committed yet.*\n"
-OF_ARMS = ("gemma_align", "gemma_distill")
+OF_ARMS = ("gemma_align", "gemma_distill", "tr_align_betas")
 
 
 def pages() -> dict[str, str]:
@@ -73,7 +73,8 @@ def _arms(script: str) -> str:
         f"|---|{'---:|' * len(heads)}",
         *(f"| {_cell(arm)} | {' | '.join(found.get(figure, '') for figure in heads)} |" for arm, found in arms.items()),
     ]
-    return "\n".join(lines) + f"\n\n`python -m benchmarks {script}`, one seed, {_where(rows[-1])}.\n"
+    seeds = "one seed" if rows[-1]["seeds"] == 1 else f"{rows[-1]['seeds']} seeds"
+    return "\n".join(lines) + f"\n\n`python -m benchmarks {script}`, {seeds}, {_where(rows[-1])}.\n"
 
 
 def _gallery() -> dict[str, str]:
