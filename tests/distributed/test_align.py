@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 pytestmark = pytest.mark.distributed
 
@@ -150,6 +151,7 @@ def train(out: str, kind: str, processes: int, resumed_from: str | None = None) 
     from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig
 
     from trimtab.align import TRDPOTrainer, TRGRPOTrainer, TRKTOTrainer, TRRLOOTrainer, TrustRegionReference
+    from trimtab.align.weights import whole
     from trimtab.gallery.testbeds.micro import micro_model
 
     folder = micro_model("micro-llama")
@@ -190,6 +192,10 @@ def train(out: str, kind: str, processes: int, resumed_from: str | None = None) 
         trainer, config = TRDPOTrainer, DPOConfig
         if kind in ADAPTERS:
             more = {"peft_config": LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"])}
+    if kind == "sharded":
+        shard_on_cpus()
+        options |= {"fsdp": "full_shard auto_wrap"}
+        options["fsdp_config"] = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     made = trainer(
         model,
         args=config(
@@ -199,7 +205,7 @@ def train(out: str, kind: str, processes: int, resumed_from: str | None = None) 
             learning_rate=1.0 if kind in ADAPTERS else 0.1,
             optim="sgd",
             beta=0.3,
-            use_cpu=True,
+            use_cpu=kind != "sharded",
             bf16=False,
             report_to="none",
             logging_steps=1,
@@ -212,7 +218,7 @@ def train(out: str, kind: str, processes: int, resumed_from: str | None = None) 
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         reference=TrustRegionReference.soft(
-            0.5, lora="exact" if kind == "exact" else "factors", measure=kind not in ONLINE
+            0.5, lora="exact" if kind == "exact" else "factors", measure=kind not in (*ONLINE, "sharded")
         ),
         **more,
     )
@@ -221,9 +227,21 @@ def train(out: str, kind: str, processes: int, resumed_from: str | None = None) 
     made.reference.save(f"{out}/first-{rank}.safetensors")
     made.train(resume_from_checkpoint=resumed_from)
     made.reference.save(f"{out}/reference-{rank}.safetensors")
-    policy = {name: tensor.detach().clone() for name, tensor in made.model.named_parameters() if tensor.requires_grad}
+    policy = {name: whole(tensor) for name, tensor in made.model.named_parameters() if tensor.requires_grad}
     save_file(policy, f"{out}/policy-{rank}.safetensors")
+    assert any(isinstance(tensor, DTensor) for tensor in made.model.parameters()) is (kind == "sharded")
     Path(f"{out}/{rank}.json").write_text(json.dumps({"logs": made.state.log_history, "written": written}))
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards on accelerators alone; of processes that it takes for theirs it shards the CPU's as well."""
+    from accelerate.state import DistributedType, PartialState
+
+    def set_device(state: PartialState) -> None:
+        state.device = torch.device("cpu")
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = set_device
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +295,26 @@ def test_two_processes_are_one(trained: dict[int, Path], kind: str) -> None:
             assert tokens[0] != tokens[1], "processes with equal shares would not tell how tokens count"
         assert all(log["kl"] > 1e-4 for log in one["logs"][1:])
     else:
-        compared += ["rewards/margins", "reference/log_ratio", "reference/distance", "reference/kl_current"]
+        measured = ("log_ratio", "distance", "kl_current", "kl_initial")
+        compared += ["rewards/margins", *(f"reference/{name}" for name in measured)]
         assert abs(one["logs"][-1]["loss"] - one["logs"][0]["loss"]) > 1e-3
     for ours, theirs in zip(two[0]["logs"], one["logs"], strict=True):
         for name in compared:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
     assert [log["reference/updates"] for log in one["logs"]] == list(range(1, STEPS + 1))
+
+
+def test_shards_of_two_processes_are_one_whole(trained: dict[int, Path], tmp_path: Path) -> None:
+    """FSDP2 through `Trainer`."""
+    launch(tmp_path, 2, ["sharded"])
+    one, *two = results(trained[1] / "dpo", 0), *(results(tmp_path / "sharded", rank) for rank in (0, 1))
+    for each in two:
+        for which in ("first", "reference", "policy"):
+            for name, tensor in one[which].items():
+                torch.testing.assert_close(each[which][name], tensor, atol=1e-6, rtol=1e-5, msg=f"{which} {name}")
+        for ours, theirs in zip(each["logs"], one["logs"], strict=True):
+            for name in ("loss", "rewards/margins", "reference/log_ratio"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
 def test_two_processes_resume_exactly(trained: dict[int, Path], tmp_path: Path) -> None:
