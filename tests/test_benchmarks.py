@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -244,6 +245,27 @@ def test_what_is_timed_of_trust_regions_on_a_gpu_runs() -> None:
     ):
         for call in calls.values():
             call()
+
+
+def test_trust_regions_on_a_gpu_fill_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"is_available": True, "synchronize": None, "get_device_name": "a device", "device_count": 1}
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, fact=fact: fact)
+    calls = {"ours": lambda: sum(range(10_000)), "peer": lambda: sum(range(10_000))}
+    for name in ("solve_calls", "rollout_calls", "update_calls"):
+        monkeypatch.setattr(
+            gpu_trust_region, name, create_autospec(getattr(gpu_trust_region, name), return_value=calls)
+        )
+    rows: list[Row] = []
+    monkeypatch.setattr(gpu_trust_region, "write_rows", lambda _, found: rows.extend(found))
+    gpu_trust_region.main()
+    assert [row.name.split()[0] for row in rows] == ["solve", "rollout", "update"]
+    assert all(row.ours > 0 and row.peer > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "Trust regions on a device" in printed
+    assert "not checked, one device has no shards" in printed
 
 
 def test_without_a_gpu_the_trust_regions_say_that_they_need_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,6 +354,24 @@ def test_tokens_outside_the_students_support_stay_outside() -> None:
     torch.testing.assert_close(distance, kl(restricted, log_p), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("epsilon", [1e-3, 0.02, 0.3, INF])
+def test_what_both_mask_is_as_if_it_were_not_there(epsilon: float) -> None:
+    """Also in a row with a token that the teacher alone masks."""
+    student, teacher = pair(7, 20, dtype=torch.float64)
+    student[4, 2], teacher[4, 2] = -8.0, -INF
+    alone = trust_region_blend(student[:, :17], teacher[:, :17], epsilon)
+    for logits in (student, teacher):
+        logits[:, 17:] = -INF
+    log_mu, beta, divergence = trust_region_blend(student, teacher, epsilon)
+    assert bool((log_mu[:, 17:] == -INF).all())
+    for found, wanted in zip((log_mu[:, :17], beta, divergence), alone, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
+    unmasked = [0, 1, 2, 3, 5, 6]
+    by_bisection = plain_bisection(student[unmasked, :17], teacher[unmasked, :17], epsilon)
+    torch.testing.assert_close(beta[unmasked], by_bisection, atol=1e-9, rtol=1e-8)
+    assert bool((beta > 0).all())
+
+
 def test_a_jump_at_zero_keeps_the_student_until_epsilon_reaches_it() -> None:
     student = torch.tensor([0.9, 0.06, 0.04], dtype=torch.float64).log()
     teacher = torch.tensor([0.3, 0.7, 0.0], dtype=torch.float64).log()

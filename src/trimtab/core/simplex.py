@@ -201,18 +201,23 @@ def _blend_rows(
     """log mu, beta and KL(mu || p) for positive radii; `scores` is log q up to a constant per row."""
     log_ratio = (scores - scores.amax(-1, keepdim=True)).sub_(log_p)
     # A sum shows what is not finite without a second [rows, vocab], which a comparison would need.
-    base, masked = log_p, ~log_ratio.sum(-1).isfinite()
-    if bool(masked.any()):
-        outside = (log_p == -torch.inf) | (scores == -torch.inf)
-        base, scores = log_p.masked_fill(outside, -torch.inf), scores.masked_fill(outside, -torch.inf)
-        log_ratio.masked_fill_(outside, 0.0)
+    base, masked = log_p, not bool(log_ratio.sum(-1).isfinite().all())
+    lacking = torch.zeros_like(radius, dtype=torch.bool)
+    if masked:
+        # What the student masks has no part in base, whatever r is there; what the teacher alone masks is taken out.
+        log_ratio.nan_to_num_(0.0, 0.0, -torch.inf)
+        lacking = log_ratio.amin(-1) == -torch.inf
+        if bool(lacking.any()):
+            outside = log_ratio == -torch.inf
+            base = log_p.masked_fill(outside, -torch.inf)
+            log_ratio.masked_fill_(outside, 0.0)
     log_z, mean, _ = _moments(base, log_ratio, torch.ones_like(radius))
     # From here on log_ratio is log q - log p with its constant, so that A is nearly 0 at both ends and
     # small in between: little is lost in beta E[r] - A.
     log_ratio.sub_(log_z.unsqueeze(-1))
     log_mass, _, variance = _moments(base, log_ratio, torch.zeros_like(radius))
     # A float32 softmax sums to 1 only up to rounding (1e-5 in a large vocabulary): the KL is to p / sum(p).
-    log_total = torch.where(masked, log_p.exp().sum(-1).log(), log_mass)
+    log_total = log_mass if base is log_p else torch.where(lacking, log_p.exp().sum(-1).log(), log_mass)
     jump = log_total - log_mass
     divergence = mean - log_z + log_total
     # A row without a common token is nan throughout, so neither whole nor between: it stays with the student.
@@ -225,7 +230,10 @@ def _blend_rows(
         beta[between], log_z[between], divergence[between] = solution.unbind(-1)
     log_mu = torch.addcmul(base, beta.unsqueeze(-1), log_ratio).sub_(log_z.unsqueeze(-1))
     student = beta == 0
-    log_mu[student], log_mu[whole] = log_p[student], scores[whole].log_softmax(-1)
+    scores = scores[whole]
+    if masked:
+        scores = scores.masked_fill(base[whole] == -torch.inf, -torch.inf)
+    log_mu[student], log_mu[whole] = log_p[student], scores.log_softmax(-1)
     return log_mu, beta, divergence
 
 

@@ -12,9 +12,10 @@ from trl.trainer.utils import get_config_model_id
 from trimtab.core.errors import TrimtabError
 from trimtab.distill.config import TRBConfig
 from trimtab.distill.eos import check_tokenizers
+from trimtab.distill.loss import Comparison
 from trimtab.distill.rollouts import RolloutPolicy
 
-__all__ = ["check_sampling", "common_tokens", "differ_in_size", "own_config"]
+__all__ = ["check_comparison", "check_sampling", "common_tokens", "differ_in_size", "own_config"]
 
 
 def own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
@@ -56,6 +57,19 @@ def check_sampling(args: TRBConfig, policy: RolloutPolicy) -> None:
             f"cache_implementation={args.cache_implementation!r}: where the teacher writes along it must be None, "
             "'dynamic' or 'static'."
         )
+
+
+def check_comparison(comparison: Comparison, beta: float | int, size: int, tokens: int) -> None:
+    """What the loss compares, of heads of which the smaller has `size` ids, and `tokens` ids of the tokenizers."""
+    if beta != 1.0 and not comparison.is_trls:
+        sizes = "equal" if comparison.vocab_size is None else "different"
+        raise TrimtabError(
+            f"beta={beta}: with {comparison.stop_ids} and heads of {sizes} sizes, the loss is the reverse KL, beta=1.0."
+        )
+    if comparison.estimator != "full" and comparison.k > size:
+        raise TrimtabError(f"loss_top_k={comparison.k} must be at most {size}, the size of the vocabulary.")
+    if tokens > size:
+        raise TrimtabError(f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for.")
 
 
 def differ_in_size(student: Any, teacher: Any, args: TRBConfig) -> bool:

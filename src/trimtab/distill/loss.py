@@ -68,6 +68,12 @@ class Comparison:
     stop_ids: StopIds | None = None
     vocab_size: int | None = None
 
+    @property
+    def is_trls(self) -> bool:
+        """Whether TRL's own loss compares so: every token, of logits that are over one vocabulary with one stop."""
+        one_stop = self.stop_ids is None or not self.stop_ids.masked
+        return self.estimator == "full" and one_stop and self.vocab_size is None
+
     def alike(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Both at the temperature, over one vocabulary with one stop id."""
         ours, theirs = (tempered(logits, self.temperature) for logits in (student_logits, teacher_logits))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +28,10 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from trimtab.core.errors import TrimtabError
-from trimtab.distill.compatibility import check_sampling, common_tokens, differ_in_size, own_config
+from trimtab.distill.compatibility import check_comparison, check_sampling, common_tokens, differ_in_size, own_config
 from trimtab.distill.eos import StopIds, suppressed_ids
 from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden, reverse_kl_of_statistics, teacher_view
+from trimtab.distill.metrics import RolloutMetrics
 from trimtab.distill.processor import TeacherGuided, generate_guided
 from trimtab.distill.prompts import InEpochs
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
@@ -40,16 +40,6 @@ from trimtab.methods import bibtex, find
 __all__ = ["TRBTrainer"]
 
 logger = get_logger(__name__)
-
-# What is logged of the processor's records.
-_LOGGED = {
-    "blend_weight": "rollout/blend_weight",
-    "divergence": "rollout/kl_to_student",
-    "student_entropy": "rollout/student_entropy",
-    "teacher_entropy": "rollout/teacher_entropy",
-    "teacher_log_prob": "rollout/teacher_log_prob",
-}
-_MEANS = (*_LOGGED.values(), "rollout/share_student", "rollout/share_teacher", "rollout/seconds")
 
 
 class TRBTrainer(DistillationTrainer):
@@ -135,9 +125,11 @@ class TRBTrainer(DistillationTrainer):
             stop_ids=self.stop_ids,
             vocab_size=vocab_size if padded else None,
         )
-        self._check_loss(vocab_size)
+        size = min(each.config.get_text_config().vocab_size for each in (self.model, self._teacher))
+        check_comparison(self.comparison, self.beta, size, vocab_size)
+        self._own_loss = not self.comparison.is_trls
         self._suppress()
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._rollouts = RolloutMetrics()
         self._statistics: tuple[Tensor, Tensor] | None = None
         self._teacher_hidden: Any = None
         self._said_that_vllm_waits = False
@@ -188,25 +180,6 @@ class TRBTrainer(DistillationTrainer):
         teacher = teacher if isinstance(teacher, list) else [teacher]
         return StopIds(*(tuple(dict.fromkeys(ids)) for ids in (self.eos_token_ids, teacher)))
 
-    def _check_loss(self, tokens: int) -> None:
-        self._own_loss = self.comparison.estimator != "full"
-        if self.stop_ids.masked or self.comparison.vocab_size is not None:
-            self._own_loss = True
-            if self.beta != 1.0:
-                raise TrimtabError(
-                    f"beta={self.beta}: with stop ids {self.stop_ids.student} of the student and "
-                    f"{self.stop_ids.teacher} of the teacher, and heads of "
-                    f"{'different' if self.comparison.vocab_size else 'equal'} sizes, the loss is the reverse KL, "
-                    "beta=1.0."
-                )
-        size = min(model.config.get_text_config().vocab_size for model in (self.model, self._teacher))
-        if self.comparison.estimator != "full" and self.comparison.k > size:
-            raise TrimtabError(f"loss_top_k={self.comparison.k} must be at most {size}, the size of the vocabulary.")
-        if tokens > size:
-            raise TrimtabError(
-                f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for."
-            )
-
     def _suppress(self) -> None:
         """The student alone must not write what is no token of both models, or stops the teacher only."""
         head = self.model.config.get_text_config().vocab_size
@@ -235,11 +208,15 @@ class TRBTrainer(DistillationTrainer):
         return self.model.training and self.rollout_policy.needs_teacher(self.state.global_step)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._sums.clear()
+        self._rollouts.clear()
         self._statistics = None
         output = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self._log_rollouts()
+            # Here and not where rollouts are written: with tools some processes write more often.
+            self._rollouts.log(self.accelerator, self._metrics["train"])
+            if isinstance(self.rollout_policy, TrustRegion):
+                budget = self.rollout_policy.budget(self.state.global_step)
+                self._metrics["train"]["rollout/epsilon"].append(budget)
         if self._statistics is not None:
             ids, log_probs = (_of_length(x, output["completion_ids"].shape[1]) for x in self._statistics)
             # Tensors with a row for each rollout: TRL shuffles them and deals them out with the rest.
@@ -269,7 +246,7 @@ class TRBTrainer(DistillationTrainer):
             factor = self.rollout_policy.temperature(self.state.global_step) if self.model.training else 1.0
             with self._sampling_temperature(factor):
                 completion_ids = write()
-        self._add("rollout/seconds", time.perf_counter() - begin, 1)
+        self._rollouts.add("rollout/seconds", time.perf_counter() - begin, 1)
         return completion_ids
 
     def _write_with_teacher(self, write: Callable[[], list[list[int]]]) -> list[list[int]]:
@@ -308,7 +285,7 @@ class TRBTrainer(DistillationTrainer):
         finally:
             self.use_vllm = use_vllm
             vars(student).pop("generate", None)
-        self._add_records(processor.records())
+        self._rollouts.add_records(processor.records())
         if recorded:
             self._statistics = processor.statistics()
         return completion_ids
@@ -337,15 +314,19 @@ class TRBTrainer(DistillationTrainer):
     ) -> Any:
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._views_always:
-            self._log_teacher_view(inputs)
+            self._add_teacher_view(inputs)
+            if self.accelerator.sync_gradients:  # the step's last micro-batch
+                self._rollouts.log(self.accelerator, self._metrics["train"])
         return loss
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if "top_k_ids" not in inputs:
             self._place_teacher(self.accelerator.device)
-        if self._own_loss:
-            return self._compute_own_loss(unwrapped_student, inputs, num_items_in_batch)
-        return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        compute = self._compute_own_loss if self._own_loss else super()._compute_loss
+        loss, entropy, tokens = compute(unwrapped_student, inputs, num_items_in_batch)
+        if self._views_always:
+            self._rollouts.add("rollout/student_entropy", entropy, tokens)
+        return loss, entropy, tokens
 
     def _compute_own_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         sequences = (
@@ -376,7 +357,7 @@ class TRBTrainer(DistillationTrainer):
             tokens,
         )
 
-    # -- the teacher's view of rollouts, and logs --------------------------------------------------
+    # -- the teacher's view of rollouts ------------------------------------------------------------
 
     @property
     def _views_always(self) -> bool:
@@ -388,39 +369,14 @@ class TRBTrainer(DistillationTrainer):
             self._teacher_hidden = hidden
         return hidden
 
-    def _log_teacher_view(self, inputs: dict[str, Any]) -> None:
+    def _add_teacher_view(self, inputs: dict[str, Any]) -> None:
         """What the loss's pass of the teacher says of the tokens that the student has written."""
         hidden, self._teacher_hidden = self._teacher_hidden, None
         counted = _counted(inputs)
         tokens = inputs["completion_ids"][counted]
         log_prob, entropy = teacher_view(hidden[counted], Head.of(self._teacher), tokens, self.comparison)
-        sums = torch.stack([log_prob.sum(), entropy.sum(), entropy.new_tensor(len(tokens))])
-        of_tokens, of_entropies, n = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
-        metrics = self._metrics["train"]
-        metrics["rollout/teacher_log_prob"].append(of_tokens / max(n, 1))
-        metrics["rollout/teacher_entropy"].append(of_entropies / max(n, 1))
-        metrics["rollout/student_entropy"].append(metrics["entropy"][-1])
-
-    def _add(self, name: str, total: float, count: int) -> None:
-        self._sums[name][0] += total
-        self._sums[name][1] += count
-
-    def _add_records(self, records: dict[str, Tensor]) -> None:
-        for name, values in records.items():
-            known = values[~values.isnan()]
-            self._add(_LOGGED[name], float(known.sum()), known.numel())
-            if name == "blend_weight":
-                self._add("rollout/share_student", float((known == 0).sum()), known.numel())
-                self._add("rollout/share_teacher", float((known == 1).sum()), known.numel())
-
-    def _log_rollouts(self) -> None:
-        """Means over all processes. Here and not where rollouts are written: with tools some write more often."""
-        sums = torch.tensor([self._sums[name] for name in _MEANS], device=self.accelerator.device)
-        for name, (total, count) in zip(_MEANS, self.accelerator.reduce(sums, "sum").tolist(), strict=True):
-            if count:
-                self._metrics["train"][name].append(total / count)
-        if isinstance(self.rollout_policy, TrustRegion):
-            self._metrics["train"]["rollout/epsilon"].append(self.rollout_policy.budget(self.state.global_step))
+        self._rollouts.add("rollout/teacher_log_prob", log_prob.sum(), len(tokens))
+        self._rollouts.add("rollout/teacher_entropy", entropy.sum(), len(tokens))
 
 
 # -- pieces ----------------------------------------------------------------------------------------
