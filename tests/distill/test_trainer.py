@@ -394,12 +394,13 @@ def loss_by_hand(trainer: Any, inputs: dict[str, Tensor], stop_ids: StopIds, voc
 CASES: dict[str, dict[str, Any]] = {
     "one stop, one vocabulary": {},
     "another stop": {"teacher": [5, 2], "stop_ids": StopIds((2,), (5, 2))},
-    "several stops each": {"student": [2, 9], "teacher": [9, 5], "stop_ids": StopIds((2, 9), (9, 5))},
+    "another stop alone": {"teacher_stop_ids": [5], "stop_ids": StopIds((2,), (5,))},
+    "several stops each": {"student": [2, 9], "teacher_stop_ids": [9, 5], "stop_ids": StopIds((2, 9), (9, 5))},
     "a padded student": {"size": (VOCAB + 6, VOCAB), "vocab_size": VOCAB},
     "padded and another stop": {
         "size": (VOCAB, VOCAB + 3),
         "teacher": 5,
-        "stop_ids": StopIds((2,), (5,)),
+        "stop_ids": StopIds((2,), (5, 2)),
         "vocab_size": VOCAB,
     },
 }
@@ -411,6 +412,7 @@ def made(bed: Bed, case: dict[str, Any], **settings: Any) -> Any:
         student=llama(0, sizes[0], case.get("student", 2)),
         teacher=llama(1, sizes[1], case.get("teacher", 2)),
         allow_padded_vocabulary="vocab_size" in case,
+        teacher_stop_ids=case.get("teacher_stop_ids"),
         **settings,
     )
 
@@ -505,7 +507,7 @@ def test_other_divergences_stay_with_trl(bed: Bed) -> None:
     trainer = bed.trainer(beta=0.5, max_steps=1)
     trainer.train()
     assert logged(trainer, "loss")[0] > 0
-    with pytest.raises(TrimtabError, match=r"beta=0.5: with StopIds\(student=\(2,\), teacher=\(5,\)\)"):
+    with pytest.raises(TrimtabError, match=r"beta=0.5: with StopIds\(student=\(2,\), teacher=\(5, 2\)\)"):
         bed.trainer(beta=0.5, teacher=llama(1, stops=5))
 
 
@@ -540,8 +542,25 @@ def test_stop_ids_that_are_given_count(bed: Bed) -> None:
     assert trainer.generation_config.suppress_tokens == [9]
     trainer.train()
     assert trainer.model.generation_config.eos_token_id == 2, "the model's own is as it was"
-    none_of_its_own = bed.trainer(teacher=llama(1, stops=None))
-    assert none_of_its_own.comparison.stop_ids == StopIds((2,), (2,))
+
+
+def test_a_teacher_stops_at_its_tokenizers_end_too(bed: Bed) -> None:
+    """As TRL's student does: of models of one kind, neither may lose it."""
+    assert bed.trainer(teacher=llama(1, stops=None)).stop_ids == StopIds((2,), (2,))
+    other = other_end(bed.tokenizer, "w5")
+    assert other.eos_token_id == 9
+    same = bed.trainer(teacher=llama(0), processing_class=other, max_steps=1)
+    assert same.stop_ids == StopIds((9, 2), (2, 9))
+    same.train()
+    assert logged(same, "loss") == pytest.approx([0.0], abs=1e-6)
+    theirs = bed.trainer(teacher=llama(1, stops=5), teacher_processing_class=other)
+    assert theirs.stop_ids == StopIds((2,), (5, 9))
+
+
+def other_end(tokenizer: Any, token: str) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", eos_token=token, unk_token="<unk>"
+    )
 
 
 def test_tokens_that_are_suppressed_already_stay_so(bed: Bed) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoTokenizer
 from trl import DistillationConfig
 from trl.trainer.utils import get_config_model_id
@@ -15,7 +16,16 @@ from trimtab.distill.eos import check_tokenizers
 from trimtab.distill.loss import Comparison
 from trimtab.distill.rollouts import RolloutPolicy
 
-__all__ = ["check_comparison", "check_sampling", "common_tokens", "differ_in_size", "own_config"]
+__all__ = [
+    "check_comparison",
+    "check_sampling",
+    "common_tokens",
+    "differ_in_size",
+    "own_config",
+    "teachers_tokenizer",
+]
+
+logger = get_logger(__name__)
 
 
 def own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
@@ -99,15 +109,23 @@ def _vocab_size(model: Any, revision: str | None, args: TRBConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def common_tokens(tokenizer: Any, teacher: Any, given: Any, args: TRBConfig) -> int:
-    """How many ids the tokenizers know, which must be the same ones where the teacher's tokenizer can be had."""
+def teachers_tokenizer(teacher: Any, given: Any, args: TRBConfig) -> Any:
+    """The one given, or the one beside a teacher that is given by name; None where there is none."""
     if given is None and isinstance(teacher, str):
         revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
         try:
             trust = args.trust_remote_code
             given = AutoTokenizer.from_pretrained(teacher, revision=revision, trust_remote_code=trust)
-        except (OSError, ValueError):  # a folder without one
-            given = None
-    if given is None:
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"The tokenizer of the teacher {teacher!r} cannot be loaded, so it is taken to be the student's. "
+                f"Give teacher_processing_class to have the two compared. {error}"
+            )
+    return getattr(given, "tokenizer", given)
+
+
+def common_tokens(tokenizer: Any, teachers: Any) -> int:
+    """How many ids the tokenizers share, which must be the same tokens where the teacher's tokenizer is known."""
+    if teachers is None:
         return max(tokenizer.get_vocab().values()) + 1
-    return check_tokenizers(tokenizer, getattr(given, "tokenizer", given))
+    return check_tokenizers(tokenizer, teachers)

@@ -64,7 +64,7 @@ class TRBConfig(DistillationConfig):
     teacher_stop_ids: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Ids at which the teacher stops. Default: its generation config's, or the student's without one."
+            "help": "Ids at which the teacher stops. Default: its generation config's and its tokenizer's."
         },
     )
     allow_padded_vocabulary: bool = field(

@@ -28,7 +28,14 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from trimtab.core.errors import TrimtabError
-from trimtab.distill.compatibility import check_comparison, check_sampling, common_tokens, differ_in_size, own_config
+from trimtab.distill.compatibility import (
+    check_comparison,
+    check_sampling,
+    common_tokens,
+    differ_in_size,
+    own_config,
+    teachers_tokenizer,
+)
 from trimtab.distill.eos import StopIds, suppressed_ids
 from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden, reverse_kl_of_statistics, teacher_view
 from trimtab.distill.metrics import RolloutMetrics
@@ -116,8 +123,9 @@ class TRBTrainer(DistillationTrainer):
         if padded:
             self.teacher_model = self._prepare_teacher(teacher_model)
         self._check_backend()
-        vocab_size = common_tokens(self._tokenizer, teacher_model, teacher_processing_class, args)
-        self.stop_ids = self._common_stop_ids()
+        teachers = teachers_tokenizer(teacher_model, teacher_processing_class, args)
+        vocab_size = common_tokens(self._tokenizer, teachers)
+        self.stop_ids = self._common_stop_ids(self._tokenizer if teachers is None else teachers)
         self.comparison = Comparison(
             estimator=args.loss_estimator,
             k=args.loss_top_k,
@@ -166,18 +174,17 @@ class TRBTrainer(DistillationTrainer):
             if held:
                 raise TrimtabError(f"offload_teacher=True: {reason}, so that it cannot be moved to the CPU and back.")
 
-    def _common_stop_ids(self) -> StopIds:
-        """The student's, at which TRL ends completions as well, and the teacher's."""
+    def _common_stop_ids(self, teachers_tokenizer: Any) -> StopIds:
+        """The student's, at which TRL ends completions as well, and the teacher's, its tokenizer's among them too."""
         if self.args.student_stop_ids is not None:
             self.eos_token_ids = list(self.args.student_stop_ids)
             self.generation_config.eos_token_id = self.eos_token_ids
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         teacher = self.args.teacher_stop_ids
         if teacher is None:
-            teacher = self._teacher.generation_config.eos_token_id
-        if teacher is None:
-            teacher = self.eos_token_ids
-        teacher = teacher if isinstance(teacher, list) else [teacher]
+            own = self._teacher.generation_config.eos_token_id
+            named = [*(own if isinstance(own, list) else [own]), teachers_tokenizer.eos_token_id]
+            teacher = [token for token in named if token is not None]
         return StopIds(*(tuple(dict.fromkeys(ids)) for ids in (self.eos_token_ids, teacher)))
 
     def _suppress(self) -> None:
