@@ -177,13 +177,20 @@ def count_calls(model: Any) -> list[int]:
         {"trust_region_warmup_steps": 0},
         {"rollout_policy": Vanilla()},
         {"rollout_policy": TemperatureWarmup(0.5, steps=0)},
+        {"stops": [2, 9], "trust_region_epsilon": 0.0, "beta": 0.5},
     ],
     ids=str,
 )
 def test_without_a_budget_all_is_trls(bed: Bed, nothing: dict[str, Any]) -> None:
-    theirs = bed.trainer(kind=DistillationTrainer, gradient_accumulation_steps=2, max_steps=5)
+    nothing = dict(nothing)
+    stops, beta = nothing.pop("stops", 2), nothing.get("beta", 1.0)
+
+    def models() -> dict[str, Any]:
+        return {"student": llama(0, stops=stops), "teacher": llama(1, stops=stops)}
+
+    theirs = bed.trainer(kind=DistillationTrainer, gradient_accumulation_steps=2, max_steps=5, beta=beta, **models())
     theirs.train()
-    ours = bed.trainer(gradient_accumulation_steps=2, max_steps=5, **nothing)
+    ours = bed.trainer(gradient_accumulation_steps=2, max_steps=5, **models(), **nothing)
     ours.train()
     assert len(ours.written) == 5, "three epochs"
     assert ours.written == theirs.written
@@ -571,8 +578,23 @@ def test_tokens_that_are_suppressed_already_stay_so(bed: Bed) -> None:
 def test_vocabularies_of_different_sizes_must_be_allowed(bed: Bed) -> None:
     with pytest.raises(TrimtabError, match=r"64 ids and the teacher for 70.*allow_padded_vocabulary=True"):
         bed.trainer(teacher=llama(1, VOCAB + 6))
-    with pytest.raises(TrimtabError, match="tokenizer has 64 ids, more than the 60"):
-        bed.trainer(teacher=llama(1, 60), student=llama(0, 62), allow_padded_vocabulary=True)
+
+
+def test_a_tokenizer_may_have_ids_that_no_head_has(bed: Bed) -> None:
+    """As Gemma 3's has one; they cannot be written."""
+    for sizes, common in (((63, 63), None), ((60, 63), 60), ((63, 60), 60)):
+        trainer = bed.trainer(
+            student=llama(0, sizes[0]),
+            teacher=llama(1, sizes[1]),
+            allow_padded_vocabulary=True,
+            data=Dataset.from_list([{"prompt": f"w{i} w5"} for i in range(8)]),
+            trust_region_warmup_steps=1,
+            max_steps=2,
+        )
+        assert trainer.comparison.vocab_size == common
+        trainer.train()
+        assert len(trainer.written) == 2
+        assert max(token for _, batch in trainer.written for answer in batch for token in answer) < min(sizes)
 
 
 def other_tokenizer(tokenizer: Any) -> Any:
@@ -592,7 +614,9 @@ def test_the_first_token_that_differs_is_named(bed: Bed) -> None:
 
 
 @pytest.mark.parametrize("size", [VOCAB, VOCAB + 6])
-def test_a_teacher_by_name_is_loaded_with_its_tokenizer(bed: Bed, tmp_path: Path, size: int) -> None:
+def test_a_teacher_by_name_is_loaded_with_its_tokenizer(
+    bed: Bed, tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     llama(1, size).save_pretrained(tmp_path / "teacher")
     settings = {"allow_padded_vocabulary": size > VOCAB, "max_steps": 1}
     named = bed.trainer(teacher=str(tmp_path / "teacher"), **settings)
@@ -601,6 +625,9 @@ def test_a_teacher_by_name_is_loaded_with_its_tokenizer(bed: Bed, tmp_path: Path
     given.train()
     assert named.written == given.written
     assert_same(weights(named), weights(given))
+    assert [r.name for r in caplog.records if "cannot be loaded, so it is taken to be the student's" in r.message] == [
+        "trimtab.distill.compatibility"
+    ]
     args = bed.config(teacher_model_name_or_path=str(tmp_path / "teacher"), **settings)
     assert TRBTrainer(llama(0), args=args, train_dataset=prompts(), processing_class=bed.tokenizer).teacher_model
     other_tokenizer(bed.tokenizer).save_pretrained(tmp_path / "teacher")
@@ -852,6 +879,14 @@ def test_what_would_change_rollouts_after_the_blend(bed: Bed, settings: dict[str
 def test_other_refusals(bed: Bed) -> None:
     with pytest.raises(TrimtabError, match="loss_top_k=65 must be at most 64"):
         bed.trainer(loss_estimator="topk_tail", loss_top_k=65)
+    with pytest.raises(TrimtabError, match="loss_top_k=65 must be at most 64"):
+        bed.trainer(
+            student=llama(0, 70),
+            teacher=llama(1, 80),
+            loss_estimator="topk_tail",
+            loss_top_k=65,
+            allow_padded_vocabulary=True,
+        )
     with pytest.raises(TrimtabError, match="teacher_model=None"):
         TRBTrainer(llama(0), None, bed.config(), prompts(), processing_class=bed.tokenizer)
     with pytest.raises(TrimtabError, match="teacher_model_init_kwargs are for a teacher given by name"):

@@ -69,17 +69,16 @@ def check_sampling(args: TRBConfig, policy: RolloutPolicy) -> None:
         )
 
 
-def check_comparison(comparison: Comparison, beta: float | int, size: int, tokens: int) -> None:
-    """What the loss compares, of heads of which the smaller has `size` ids, and `tokens` ids of the tokenizers."""
+def check_comparison(comparison: Comparison, beta: float | int, head: int) -> None:
+    """What the loss compares, of heads of which the smaller has `head` ids."""
     if beta != 1.0 and not comparison.is_trls:
         sizes = "equal" if comparison.vocab_size is None else "different"
         raise TrimtabError(
             f"beta={beta}: with {comparison.stop_ids} and heads of {sizes} sizes, the loss is the reverse KL, beta=1.0."
         )
+    size = head if comparison.vocab_size is None else comparison.vocab_size
     if comparison.estimator != "full" and comparison.k > size:
         raise TrimtabError(f"loss_top_k={comparison.k} must be at most {size}, the size of the vocabulary.")
-    if tokens > size:
-        raise TrimtabError(f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for.")
 
 
 def differ_in_size(student: Any, teacher: Any, args: TRBConfig) -> bool:

@@ -124,17 +124,18 @@ class TRBTrainer(DistillationTrainer):
             self.teacher_model = self._prepare_teacher(teacher_model)
         self._check_backend()
         teachers = teachers_tokenizer(teacher_model, teacher_processing_class, args)
-        vocab_size = common_tokens(self._tokenizer, teachers)
+        tokens = common_tokens(self._tokenizer, teachers)
+        # Ids that no head has, as Gemma 3's tokenizer has one, cannot be written.
+        head = min(each.config.get_text_config().vocab_size for each in (self.model, self._teacher))
         self.stop_ids = self._common_stop_ids(self._tokenizer if teachers is None else teachers)
         self.comparison = Comparison(
             estimator=args.loss_estimator,
             k=args.loss_top_k,
             temperature=args.temperature,
             stop_ids=self.stop_ids,
-            vocab_size=vocab_size if padded else None,
+            vocab_size=min(tokens, head) if padded else None,
         )
-        size = min(each.config.get_text_config().vocab_size for each in (self.model, self._teacher))
-        check_comparison(self.comparison, self.beta, size, vocab_size)
+        check_comparison(self.comparison, self.beta, head)
         self._own_loss = not self.comparison.is_trls
         self._suppress()
         self._rollouts = RolloutMetrics()
