@@ -202,7 +202,7 @@ class TRBTrainer(DistillationTrainer):
             given["logit_bias"] = {**dict.fromkeys(ids, -100.0), **given.get("logit_bias", {})}
 
     def _get_train_sampler(self, dataset: Any = None) -> InEpochs:
-        return InEpochs(super()._get_train_sampler(dataset))
+        return InEpochs(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     # -- rollouts ----------------------------------------------------------------------------------
 
