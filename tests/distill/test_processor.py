@@ -420,14 +420,16 @@ def test_scores_that_came_in_are_not_changed() -> None:
     assert scores.equal(before)
 
 
-def test_tokens_that_the_student_masks_stay_masked() -> None:
+@pytest.mark.parametrize("policy", [TrustRegion(0.3), SKD(3), TeacherMixture(0.4), TeacherOnly(1)], ids=str)
+def test_tokens_that_the_student_masks_stay_masked(policy: RolloutPolicy) -> None:
     student, teacher, inputs = llama(1), llama(2), prompts()
-    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS)
+    processor = TeacherGuided(teacher, policy, stop_ids=STOPS)
     torch.manual_seed(3)
     ids = generate_guided(student, inputs, processor, config(min_new_tokens=NEW, suppress_tokens=[7, 8]))
     assert ids.shape[1] == max(LENGTHS) + NEW
     assert not torch.isin(ids[:, max(LENGTHS) :], torch.tensor([2, 5, 7, 8])).any()
-    assert all(values.isfinite().all() for name, values in processor.records().items() if name != "teacher_log_prob")
+    records = processor.records()
+    assert all(records[name].isfinite().all() for name in ("divergence", "student_entropy", "teacher_log_prob"))
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -60,6 +60,20 @@ def test_masked_tokens_stay_masked(policy: RolloutPolicy) -> None:
     assert behaviour.divergence.isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ALL, ids=str)
+def test_what_the_student_may_not_write_is_not_written(policy: RolloutPolicy) -> None:
+    """And the teacher is the one who may not write it either."""
+    masked = torch.tensor([1, 6])
+    log_p, log_q = pair(16)
+    log_p = log_p.index_fill(-1, masked, -torch.inf).log_softmax(-1)
+    behaviour = policy.log_behaviour(log_p, log_q, 0)
+    assert behaviour.log_mu[:, masked].eq(-torch.inf).all()
+    assert behaviour.divergence.isfinite().all()
+    both = policy.log_behaviour(log_p, log_q.index_fill(-1, masked, -torch.inf).log_softmax(-1), 0)
+    torch.testing.assert_close(behaviour.log_mu, both.log_mu)
+    torch.testing.assert_close(behaviour.log_mu.logsumexp(-1), torch.zeros(16).double(), rtol=0, atol=1e-12)
+
+
 # -- trust region ----------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ Symbols, at one prefix: p the student, q the teacher, mu who writes; k the optim
     TeacherOnly         mu = q, for the first steps
 
 SKD lets the student propose a token and, where that is none of `top`, replaces it by a sample of the teacher's at
-temperature tau: mu is the distribution of what comes out. Budgets are in nats per token.
+temperature tau: mu is the distribution of what comes out. Budgets are in nats per token. What the student may not write (p = 0)
+nobody writes: q is the teacher's distribution over the other tokens.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class RolloutPolicy(ABC):
     def log_behaviour(
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
-        """mu at `step`, of the whole log-probabilities of student and teacher, tempered already."""
+        """mu at `step`, of the whole log-probabilities of student and teacher, tempered already; 0 where p is."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class SKD(RolloutPolicy):
     def log_behaviour(
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
+        log_q = _within(log_q, log_p)
         top = log_q.topk(min(self.top_k, log_q.shape[-1]), dim=-1).indices
         # Summed from what is rejected: 1 minus what is kept would be rounding alone where nearly all is kept.
         rejected = log_p.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
@@ -197,6 +199,7 @@ class TeacherMixture(RolloutPolicy):
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
         teacher, student = (math.log(w) if w else -math.inf for w in (self.teacher_weight, 1 - self.teacher_weight))
+        log_q = _within(log_q, log_p)
         return _measured(torch.logaddexp(log_q + teacher, log_p + student), log_p)
 
 
@@ -218,11 +221,17 @@ class TeacherOnly(RolloutPolicy):
     def log_behaviour(
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
-        return _measured(log_q, log_p) if self.needs_teacher(step) else _the_student(log_p)
+        return _measured(_within(log_q, log_p), log_p) if self.needs_teacher(step) else _the_student(log_p)
 
 
 def _the_student(log_p: Tensor) -> Behaviour:
     return Behaviour(log_p, None, log_p.new_zeros(log_p.shape[:-1]))
+
+
+def _within(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """The teacher's distribution over what the student may write; itself where that is everything."""
+    outside = log_p == -torch.inf
+    return log_q.masked_fill(outside, -torch.inf).log_softmax(-1) if bool(outside.any()) else log_q
 
 
 def _measured(log_mu: Tensor, log_p: Tensor) -> Behaviour:
