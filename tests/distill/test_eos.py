@@ -108,15 +108,6 @@ def test_masked_stops_have_finite_gradients() -> None:
     assert slope.isfinite().all()
 
 
-def test_stop_ids_are_read_from_generation_configs() -> None:
-    def model(ids: Any) -> Any:
-        return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ids))
-
-    assert StopIds.of(model(3), model([5, 3])) == StopIds((3,), (5, 3))
-    with pytest.raises(TrimtabError, match="teacher's generation_config has no eos_token_id"):
-        StopIds.of(model(3), model(None))
-
-
 def test_what_a_student_alone_must_not_write() -> None:
     assert suppressed_ids(None, 8) == ()
     assert suppressed_ids(StopIds((2,), (2,)), 8) == ()

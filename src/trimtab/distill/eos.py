@@ -44,19 +44,6 @@ class StopIds:
             if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
                 raise TrimtabError(f"{name}={ids} must be one or more different ids, none below 0.")
 
-    @classmethod
-    def of(cls, student: Any, teacher: Any) -> StopIds:
-        """Those of the two models' generation configs. Raises `TrimtabError` where one names none."""
-        found = {}
-        for name, model in (("student", student), ("teacher", teacher)):
-            ids = model.generation_config.eos_token_id
-            if ids is None:
-                raise TrimtabError(
-                    f"The {name}'s generation_config has no eos_token_id: give StopIds(student, teacher)."
-                )
-            found[name] = tuple(dict.fromkeys(ids if isinstance(ids, list) else [ids]))
-        return cls(**found)
-
     @property
     def written(self) -> int:
         """e_S, the one stop id that is left."""
