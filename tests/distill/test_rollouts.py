@@ -18,6 +18,8 @@ from trimtab.distill.rollouts import (
     TemperatureWarmup,
     TrustRegion,
     Vanilla,
+    check_budget,
+    check_whole,
 )
 
 ALL = [
@@ -159,8 +161,13 @@ def test_bad_settings_are_refused_by_name() -> None:
     for epsilon in (-0.1, math.nan, math.inf):
         with pytest.raises(TrimtabError, match="epsilon="):
             TrustRegion(epsilon)
-    with pytest.raises(TrimtabError, match="warmup_steps=-1"):
+    with pytest.raises(TrimtabError, match="warmup_steps=-1 must be a whole number, 0 or more"):
         TrustRegion(warmup_steps=-1)
+    for steps in (2.5, math.nan, "3"):
+        with pytest.raises(TrimtabError, match=f"steps={steps!r} must be a whole number, 0 or more"):
+            check_whole("steps", steps)
+    with pytest.raises(TrimtabError, match=r"epsilon='0\.1' must be finite"):
+        check_budget("epsilon", "0.1")
     with pytest.raises(TrimtabError, match="schedule='cosine' is not known"):
         TrustRegion(schedule="cosine")
     with pytest.raises(TrimtabError, match="top_k=0"):

@@ -13,8 +13,8 @@ Symbols, at one prefix: p the student, q the teacher, mu who writes; k the optim
     TeacherOnly         mu = q, for the first steps
 
 SKD lets the student propose a token and, where that is none of `top`, replaces it by a sample of the teacher's at
-temperature tau: mu is the distribution of what comes out. Budgets are in nats per token. What the student may not write (p = 0)
-nobody writes: q is the teacher's distribution over the other tokens.
+temperature tau: mu is the distribution of what comes out. Budgets are in nats per token. What the student may not
+write (p = 0) nobody writes: q is the teacher's distribution over the other tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -101,9 +103,8 @@ class TrustRegion(RolloutPolicy):
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise TrimtabError(f"epsilon={self.epsilon} must be finite and 0 or more (nats per token).")
-        _check_steps("warmup_steps", self.warmup_steps)
+        check_budget("epsilon", self.epsilon)
+        check_whole("warmup_steps", self.warmup_steps)
         if self.schedule not in ("linear", "constant"):
             raise unknown("schedule", self.schedule, ("linear", "constant"))
 
@@ -134,8 +135,7 @@ class SKD(RolloutPolicy):
     teacher_temperature: float | int = 0.6
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise TrimtabError(f"top_k={self.top_k} must be at least 1.")
+        check_whole("top_k", self.top_k, least=1)
         _check_temperature("teacher_temperature", self.teacher_temperature)
 
     def needs_teacher(self, step: int) -> bool:
@@ -165,7 +165,7 @@ class TemperatureWarmup(RolloutPolicy):
 
     def __post_init__(self) -> None:
         _check_temperature("initial", self.initial)
-        _check_steps("steps", self.steps)
+        check_whole("steps", self.steps)
 
     def needs_teacher(self, step: int) -> bool:
         return False
@@ -189,8 +189,8 @@ class TeacherMixture(RolloutPolicy):
     teacher_weight: float | int = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.teacher_weight <= 1:
-            raise TrimtabError(f"teacher_weight={self.teacher_weight} must lie in [0, 1].")
+        if not (isinstance(self.teacher_weight, Real) and 0 <= self.teacher_weight <= 1):
+            raise TrimtabError(f"teacher_weight={self.teacher_weight!r} must lie in [0, 1].")
 
     def needs_teacher(self, step: int) -> bool:
         return self.teacher_weight > 0
@@ -213,7 +213,7 @@ class TeacherOnly(RolloutPolicy):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps("steps", self.steps)
+        check_whole("steps", self.steps)
 
     def needs_teacher(self, step: int) -> bool:
         return step < self.steps
@@ -238,11 +238,16 @@ def _measured(log_mu: Tensor, log_p: Tensor) -> Behaviour:
     return Behaviour(log_mu, None, kl(log_mu, log_p))
 
 
-def _check_steps(name: str, value: int) -> None:
-    if value < 0:
-        raise TrimtabError(f"{name}={value} must be 0 or more.")
+def check_budget(name: str, value: Any) -> None:
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+        raise TrimtabError(f"{name}={value!r} must be finite and 0 or more (nats per token).")
 
 
-def _check_temperature(name: str, value: float | int) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise TrimtabError(f"{name}={value} must be positive and finite.")
+def check_whole(name: str, value: Any, least: int = 0) -> None:
+    if not (isinstance(value, Integral) and int(value) >= least):
+        raise TrimtabError(f"{name}={value!r} must be a whole number, {least} or more.")
+
+
+def _check_temperature(name: str, value: Any) -> None:
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) > 0):
+        raise TrimtabError(f"{name}={value!r} must be positive and finite.")
