@@ -51,7 +51,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def llama(seed: int, vocab: int = VOCAB, stops: int | list[int] | None = 2) -> Any:
+def llama(seed: int, vocab: int = VOCAB, stops: int | list[int] | None = 2, **more: Any) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -64,6 +64,7 @@ def llama(seed: int, vocab: int = VOCAB, stops: int | list[int] | None = 2) -> A
         bos_token_id=1,
         eos_token_id=stops,
         pad_token_id=0,
+        **more,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -363,6 +364,20 @@ def test_transformers_writes_in_the_warm_up_and_vllm_after_it(bed: Bed, caplog: 
 
 
 @pytest.mark.usefixtures("_vllm")
+def test_vllm_stops_where_the_student_does_and_settings_stay_the_users(bed: Bed) -> None:
+    given = {"seed": 3, "logit_bias": {8: 1.0}}
+    args = bed.config(use_vllm=True, generation_kwargs=given, student_stop_ids=[7], teacher_stop_ids=[5])
+    trainer = bed.trainer(args=args, rollout_policy=Vanilla())
+    assert trainer.vllm_generation.generation_kwargs == {
+        "seed": 3,
+        "stop_token_ids": [7],
+        "ignore_eos": True,
+        "logit_bias": {5: -100.0, 8: 1.0},
+    }
+    assert args.generation_kwargs == {"seed": 3, "logit_bias": {8: 1.0}}
+
+
+@pytest.mark.usefixtures("_vllm")
 def test_vllm_takes_the_temperature_and_what_must_not_be_written(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
     trainer = bed.trainer(
         use_vllm=True, rollout_policy=TemperatureWarmup(0.5, steps=2), teacher=llama(1, stops=5), max_steps=3
@@ -481,6 +496,84 @@ def test_recorded_statistics_survive_the_shuffle_and_spare_the_teacher(bed: Bed,
         calls.clear()
         torch.testing.assert_close(recorded, computed, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("masks", "recorded"),
+    [
+        ({}, True),
+        ({"suppress_tokens": [5]}, True),  # as the teacher's stop is anyway
+        ({"suppress_tokens": list(range(4, 40))}, False),
+        ({"min_new_tokens": NEW}, False),
+        ({"bad_words_ids": [[8]]}, False),
+    ],
+    ids=str,
+)
+def test_the_loss_is_of_whole_distributions_whatever_rollouts_mask(
+    bed: Bed, masks: dict[str, Any], recorded: bool
+) -> None:
+    trainer = bed.trainer(
+        teacher_stop_ids=[5, 2],
+        trust_region_epsilon=0.5,
+        loss_estimator="topk_tail",
+        loss_top_k=4,
+        generation_kwargs=masks,
+    )
+    trainer.model.train()
+    trainer._prepare_inputs([prompts()[i] for i in range(4)])
+    (inputs,) = trainer._buffered_inputs
+    assert ("top_k_ids" in inputs) is recorded
+    found = trainer.compute_loss(trainer.model, inputs).item()
+    wanted = loss_by_hand(trainer, inputs, StopIds((2,), (5, 2)), None).mean().item()
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_teacher_that_was_put_into_training_mode_is_taken_out_of_it(bed: Bed) -> None:
+    for settings in ({}, {"loss_estimator": "topk_pg", "rollout_policy": Vanilla()}):
+        losses = []
+        for training in (False, True):
+            teacher = llama(1, attention_dropout=0.5)
+            trainer = bed.trainer(teacher=teacher.train(training), trust_region_epsilon=0.5, max_steps=1, **settings)
+            trainer.teacher_model.train(training)
+            trainer.train()
+            losses.append(logged(trainer, "loss"))
+        assert losses[0] == losses[1]
+
+
+def test_a_generate_of_the_users_is_called_and_kept(bed: Bed) -> None:
+    student, lengths = llama(0), []
+    generate = student.generate
+
+    def users(**inputs: Any) -> Any:
+        output = generate(**inputs)
+        lengths.append(output.shape[1])
+        return output
+
+    student.generate = users
+    trainer = bed.trainer(student=student, trust_region_epsilon=0.5, trust_region_warmup_steps=2)
+    trainer.train()
+    assert len(lengths) == 3
+    assert trainer.model.generate is users
+    trainer.teacher_model.lm_head.weight.data.fill_(math.nan)
+    trainer.state.global_step = 0
+    with pytest.raises(TrimtabError, match="NaN"):
+        trainer._generate_single_turn([[1, 5]], None, {})
+    assert trainer.model.generate is users
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"teacher_stop_ids": [5], "teacher_statistics": "always"}], ids=str)
+def test_compiled_models(bed: Bed, settings: dict[str, Any]) -> None:
+    shared = {"trust_region_epsilon": 0.5, "trust_region_warmup_steps": 2, **settings}
+    plain = bed.trainer(**shared)
+    plain.train()
+    compiled = bed.trainer(torch_compile=True, torch_compile_backend="eager", **shared)
+    compiled.train()
+    assert compiled.written[0] == plain.written[0]
+    assert logged(compiled, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-3)
+    assert "generate" not in vars(compiled.model)
+    views = 3 if "teacher_statistics" in settings else 2
+    assert len(logged(compiled, "rollout/teacher_log_prob")) == views
 
 
 def test_equal_models_have_no_loss_and_stay(bed: Bed) -> None:
@@ -619,6 +712,10 @@ def test_a_teacher_by_name_is_loaded_with_its_tokenizer(
 ) -> None:
     llama(1, size).save_pretrained(tmp_path / "teacher")
     settings = {"allow_padded_vocabulary": size > VOCAB, "max_steps": 1}
+    llama(1, size).bfloat16().save_pretrained(tmp_path / "half")
+    half = bed.trainer(teacher=str(tmp_path / "half"), **settings)
+    assert half.teacher_model.dtype == torch.bfloat16, "as TRL has it"
+    caplog.clear()
     named = bed.trainer(teacher=str(tmp_path / "teacher"), **settings)
     named.train()
     given = bed.trainer(teacher=llama(1, size), **settings)
@@ -692,6 +789,15 @@ def test_images_are_refused_while_the_teacher_writes_along(bed: Bed) -> None:
     trainer.model.train()
     with pytest.raises(TrimtabError, match=r"\['pixel_values'\]: the teacher reads tokens only"):
         trainer._generate_single_turn([[1, 5]], None, {"pixel_values": torch.zeros(1, 3, 4, 4)})
+    kinds = {"token_type_ids": [[0, 0], [0, 0, 0]]}  # with which processors come of text alone
+    set_seed(SEED)
+    trainer._generate_single_turn([[1, 5], [1, 6, 7]], None, {})
+    student, given = trainer.model.forward, []
+    trainer.model.forward = lambda token_type_ids, **inputs: given.append(token_type_ids) or student(**inputs)
+    set_seed(SEED)
+    trainer._generate_single_turn([[1, 5], [1, 6, 7]], None, kinds)
+    assert given[0].shape == (2, 3)
+    assert trainer.written[-1][1] == trainer.written[-2][1]
 
 
 # -- the teacher's place, its view, resuming ----------------------------------------------------------
@@ -739,16 +845,16 @@ def test_engines_that_hold_the_teacher(bed: Bed, engine: str) -> None:
     trainer = bed.trainer(offload_teacher=True)
     setattr(trainer, engine, True)
     with pytest.raises(TrimtabError, match="holds the teacher's weights"):
-        trainer._check_backend()
+        trainer._check_offload()
 
 
 def test_fsdp_of_the_first_version_cannot_decode(bed: Bed) -> None:
     trainer = bed.trainer()
     trainer._dist.fsdp_version = 1
     with pytest.raises(TrimtabError, match="fsdp_version=2"):
-        trainer._check_backend()
+        trainer._check_guidance()
     trainer.rollout_policy = Vanilla()
-    trainer._check_backend()
+    trainer._check_guidance()
 
 
 @pytest.mark.parametrize(
@@ -843,7 +949,12 @@ def test_a_run_that_is_taken_up_again_is_the_same_run(
         ({"trust_region_schedule": "cosine"}, "trust_region_schedule='cosine' is not known"),
         ({"loss_estimator": "sampled"}, "loss_estimator='sampled' is not known"),
         ({"teacher_statistics": "never"}, "teacher_statistics='never' is not known"),
-        ({"loss_top_k": 0}, "loss_top_k=0 must be at least 1"),
+        ({"loss_top_k": 0}, "loss_top_k=0 must be a whole number, 1 or more"),
+        ({"loss_top_k": 4.5}, "loss_top_k=4.5 must be"),
+        ({"trust_region_epsilon": "0.02"}, "trust_region_epsilon='0.02' must be"),
+        ({"trust_region_warmup_steps": math.nan}, "trust_region_warmup_steps=nan must be"),
+        ({"student_stop_ids": 2}, "student_stop_ids=2 must be a list of token ids"),
+        ({"teacher_stop_ids": ["</s>"]}, r"teacher_stop_ids=\['</s>'\] must be a list"),
         ({"loss_estimator": "topk_pg", "beta": 0.5}, "beta=0.5 with loss_estimator='topk_pg'"),
     ],
     ids=str,
@@ -857,11 +968,13 @@ def test_settings_out_of_range(bed: Bed, settings: dict[str, Any], message: str)
     ("settings", "message"),
     [
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2: where the teacher writes along"),
-        ({"generation_kwargs": {"assistant_model": "x"}}, "assistant_model=x"),
-        ({"generation_kwargs": {"prompt_lookup_num_tokens": 3}}, "prompt_lookup_num_tokens=3"),
+        ({"generation_kwargs": {"prompt_lookup_num_tokens": 3}}, "asks for assisted_generation"),
+        ({"generation_kwargs": {"typical_p": 0.9}}, "typical_p=0.9"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat_ngram_size=2"),
+        ({"generation_kwargs": {"eos_token_id": 7}}, r"eos_token_id=7 in generation_kwargs: .* the loss, \[2\]"),
         ({"generation_kwargs": {"do_sample": False}}, "do_sample=False"),
         ({"generation_kwargs": {"temperature": 0.5}}, "temperature=0.5"),
-        ({"top_p": 0.9}, r"top_p=0.9: .* plain samples \(top_p=1.0\), since the divergence .* tempered"),
+        ({"top_p": 0.9}, r"top_p=0.9: .* plain samples \(top_p=1.0\), since the divergence .* before any such"),
         ({"top_k": 5}, "top_k=5"),
         ({"min_p": 0.1}, "min_p=0.1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
@@ -870,10 +983,22 @@ def test_settings_out_of_range(bed: Bed, settings: dict[str, Any], message: str)
     ids=str,
 )
 def test_what_would_change_rollouts_after_the_blend(bed: Bed, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(TrimtabError, match=message):
-        bed.trainer(**settings)
-    if "cache_implementation" not in settings and "assistant_model" not in settings.get("generation_kwargs", {}):
-        bed.trainer(rollout_policy=Vanilla(), **settings)
+    for policy in (TrustRegion(0.02), OnlyAtLast(0.02)):
+        with pytest.raises(TrimtabError, match=message):
+            bed.trainer(rollout_policy=policy, **settings)
+    bed.trainer(rollout_policy=Vanilla(), **settings)
+
+
+class OnlyAtLast(TrustRegion):
+    """At the third and last step."""
+
+    def needs_teacher(self, step: int) -> bool:
+        return step == 2
+
+
+@dataclass
+class Mine(DistillationConfig):
+    extra: int = 1
 
 
 def test_other_refusals(bed: Bed) -> None:
@@ -887,6 +1012,8 @@ def test_other_refusals(bed: Bed) -> None:
             loss_top_k=65,
             allow_padded_vocabulary=True,
         )
+    with pytest.raises(TrimtabError, match=r"args=Mine has \['extra'\], which TRBConfig has not: derive it"):
+        bed.trainer(args=bed.config(Mine))
     with pytest.raises(TrimtabError, match="teacher_model=None"):
         TRBTrainer(llama(0), None, bed.config(), prompts(), processing_class=bed.tokenizer)
     with pytest.raises(TrimtabError, match="teacher_model_init_kwargs are for a teacher given by name"):

@@ -1,4 +1,4 @@
-"""What must fit before `TRBTrainer` trains: arguments, how to sample, two models' vocabularies and tokenizers."""
+"""What must fit before `TRBTrainer` trains: arguments, two models' vocabularies and tokenizers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from trimtab.core.errors import TrimtabError
 from trimtab.distill.config import TRBConfig
 from trimtab.distill.eos import check_tokenizers
 from trimtab.distill.loss import Comparison
-from trimtab.distill.rollouts import RolloutPolicy
 
 __all__ = [
     "check_comparison",
-    "check_sampling",
     "common_tokens",
     "differ_in_size",
     "own_config",
@@ -34,39 +32,11 @@ def own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
         return TRBConfig(f"{name.split('/')[-1]}-TRB")
     if isinstance(args, TRBConfig):
         return args
-    return TRBConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
-
-
-def check_sampling(args: TRBConfig, policy: RolloutPolicy) -> None:
-    """Refused now, and not in the middle of a run: what `generate_guided` refuses."""
-    if not policy.needs_teacher(0):
-        return
-    given = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    given |= args.generation_kwargs or {}
-    neutral = {
-        "top_p": (1.0,),
-        "top_k": (0, None),
-        "min_p": (None, 0.0),
-        "repetition_penalty": (1.0,),
-        "num_beams": (1,),
-        "do_sample": (True,),
-        "assistant_model": (None,),
-        "assistant_early_exit": (None,),
-        "prompt_lookup_num_tokens": (None,),
-        "temperature": (args.temperature,),
-    }
-    for name, value in given.items():
-        if name in neutral and value not in neutral[name]:
-            raise TrimtabError(
-                f"{name}={value}: where the teacher writes along, rollouts are plain samples "
-                f"({name}={neutral[name][0]}), since the divergence from the student is that of the tempered "
-                "distributions before any such change."
-            )
-    if args.cache_implementation not in (None, "dynamic", "static"):
-        raise TrimtabError(
-            f"cache_implementation={args.cache_implementation!r}: where the teacher writes along it must be None, "
-            "'dynamic' or 'static'."
-        )
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    own = sorted(given.keys() - {field.name for field in fields(TRBConfig)})
+    if own:
+        raise TrimtabError(f"args={type(args).__name__} has {own}, which TRBConfig has not: derive it from TRBConfig.")
+    return TRBConfig(**given)
 
 
 def check_comparison(comparison: Comparison, beta: float | int, head: int) -> None:

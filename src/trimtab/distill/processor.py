@@ -9,8 +9,9 @@ with its own cache, and the next token is sampled from what a `RolloutPolicy` ma
 Of each step, with l_S and l_T the two models' logits and tau the temperature: both are divided by tau, brought to one
 vocabulary with one stop id (`trimtab.distill.eos`), normalised to log p and log q, and the scores become log mu. They
 are final: nothing may follow, so `generate` samples at temperature 1 and without top-k or top-p, while what goes
-before (suppressed tokens, least lengths) acts on the student; `generate_guided` sees to that. A policy that needs no teacher never calls it,
-and leaves the scores as they are but for a temperature other than 1 and ids that the student must not write.
+before (suppressed tokens, least lengths) acts on the student; `generate_guided` sees to that. A policy that needs no
+teacher never calls it, and leaves the scores as they are but for a temperature other than 1 and ids that the student
+must not write.
 
 Rows that have stopped are not solved; the teacher goes on in them with tokens that nobody reads.
 """
@@ -93,8 +94,8 @@ class TeacherGuided(LogitsProcessor):
 
     Raises `TrimtabError` for a teacher in training mode or without a cache, for settings outside their range, and
     while generating when texts do not grow by one token per call in the same rows (assisted generation, and beams as
-    soon as two change places: `generate_guided` refuses them at once), when prompts look padded and no mask was given, when vocabularies do not fit, and for rows of logits
-    with NaN or nothing finite.
+    soon as two change places, which `generate_guided` refuses at once), when prompts look padded and no mask was
+    given, when vocabularies do not fit, and for rows of logits with NaN or nothing finite.
     """
 
     def __init__(
@@ -181,7 +182,8 @@ class TeacherGuided(LogitsProcessor):
         """With `record_top_k`: the student's likeliest ids and the teacher's log q there, both [batch, tokens, k].
 
         As `trimtab.distill.functional.topk_statistics` gives them at this temperature, of the models' common
-        vocabulary and of scores that other processors may have masked; 0 where a row had stopped. Raises `TrimtabError` if nothing was recorded.
+        vocabulary, and of scores that other processors may have masked; 0 where a row had stopped. Raises
+        `TrimtabError` if nothing was recorded.
         """
         if not self._top_ids:
             raise TrimtabError(f"There are no statistics: record_top_k={self.record_top_k}, guided={self.guided}.")
@@ -344,8 +346,8 @@ def plain_sampling(student: Any, given: GenerationConfig | None) -> GenerationCo
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             raise TrimtabError(
-                f"{name}={value}: where the teacher writes along, texts are plain samples ({name}={neutral}), since the "
-                "divergence from the student is that of the distributions before any such change."
+                f"{name}={value}: where the teacher writes along, texts are plain samples ({name}={neutral}), since "
+                "the divergence from the student is that of the distributions before any such change."
             )
         setattr(config, name, neutral)
     for name in _ABSENT:
