@@ -93,10 +93,9 @@ def test_the_trust_region_is_that_of_the_budget_of_the_step() -> None:
     log_p, log_q = pair(32)
     behaviour = TrustRegion(0.08, 4).log_behaviour(log_p, log_q, 3)
     log_mu, beta, divergence = trust_region_blend(log_p, log_q, 0.02)
-    assert behaviour.log_mu.equal(log_mu)
-    assert behaviour.blend_weight is not None
-    assert behaviour.blend_weight.equal(beta)
-    assert behaviour.divergence.equal(divergence)
+    torch.testing.assert_close(behaviour.log_mu, log_mu, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(behaviour.blend_weight, beta, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(behaviour.divergence, divergence, rtol=1e-9, atol=1e-9)
 
 
 def test_no_other_policy_at_the_same_divergence_is_as_near_to_the_teacher() -> None:

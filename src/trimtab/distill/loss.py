@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from trimtab.core.simplex import entropy
+from trimtab.core.simplex import entropy, tempered
 from trimtab.distill.eos import StopIds, canonicalise
-from trimtab.distill.functional import reverse_kl, reverse_kl_from_statistics, tempered
+from trimtab.distill.functional import reverse_kl, reverse_kl_from_statistics
 
 __all__ = ["Comparison", "Head", "reverse_kl_of_hidden", "reverse_kl_of_statistics", "teacher_view"]
 

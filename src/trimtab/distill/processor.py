@@ -30,10 +30,9 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import GenerationMode
 
 from trimtab.core.errors import TrimtabError
-from trimtab.core.simplex import entropy
+from trimtab.core.simplex import entropy, tempered
 from trimtab.distill.decoder import TeacherDecoder
 from trimtab.distill.eos import StopIds, canonicalise, suppressed_ids
-from trimtab.distill.functional import tempered
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
 
 __all__ = ["RECORDS", "TeacherGuided", "TrustRegionBlend", "generate_guided", "plain_sampling"]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.schedules import linear_decay
-from trimtab.core.simplex import kl, trust_region_blend
+from trimtab.core.simplex import kl, trust_region
 
 __all__ = [
     "SKD",
@@ -120,7 +120,7 @@ class TrustRegion(RolloutPolicy):
     ) -> Behaviour:
         if not self.needs_teacher(step):
             return _the_student(log_p)
-        return Behaviour(*trust_region_blend(log_p, log_q, self.budget(step)))
+        return Behaviour(*trust_region(log_p, log_q, self.budget(step)))
 
 
 @dataclass(frozen=True)
