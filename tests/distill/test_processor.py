@@ -251,6 +251,45 @@ def test_rows_that_have_stopped_are_not_solved() -> None:
     assert solved[-1] < solved[0]
 
 
+@pytest.mark.parametrize("ends", [None, 9, [9, 10, 7]], ids=str)
+def test_without_stop_ids_rows_end_where_generate_ends_them(ends: int | list[int] | None) -> None:
+    student = llama(1)
+    processor = TrustRegionBlend(llama(2), 0.3)
+    torch.manual_seed(3)
+    new = generate_guided(student, prompts(), processor, config(eos_token_id=ends))[:, max(LENGTHS) :]
+    stops = torch.isin(new, torch.tensor([2] if ends is None else ends)).int()
+    written = stops.cumsum(-1) - stops == 0
+    assert not written.all()
+    for name, values in processor.records().items():
+        assert values.isfinite().equal(written), name
+
+
+def test_padding_outside_the_teachers_vocabulary_is_not_shown_to_it() -> None:
+    """In front of prompts and behind what has stopped."""
+    student, teacher, inputs = llama(1, VOCAB + 3), llama(2), prompts()
+    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS, vocab_size=VOCAB)
+    torch.manual_seed(3)
+    ids = generate_guided(student, inputs, processor, config())
+    outside = VOCAB + 1
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, outside)
+    other = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS, vocab_size=VOCAB)
+    torch.manual_seed(3)
+    padding = GenerationConfig(max_new_tokens=NEW, pad_token_id=outside, disable_compile=True)
+    found = generate_guided(student, inputs, other, padding)
+    assert (found[:, -1] == outside).any()
+    assert found.masked_fill(found == outside, 0).equal(ids)
+    torch.testing.assert_close(other.records(), processor.records(), equal_nan=True)
+
+
+def test_texts_that_are_changed_in_place_are_noticed() -> None:
+    processor = TrustRegionBlend(llama(2), 0.3)
+    buffer, scores = torch.full((2, 5), 7), torch.randn(2, VOCAB)
+    processor(buffer[:, :4], scores)
+    buffer[0, 1] = 8
+    with pytest.raises(TrimtabError, match="with other tokens in some row than before"):
+        processor(buffer, scores)
+
+
 def test_after_all_have_stopped_nothing_is_solved_or_recorded() -> None:
     processor = TrustRegionBlend(llama(2), 0.3, stop_ids=STOPS)
     ids, scores = prompts((4, 4))["input_ids"], torch.randn(2, VOCAB)
@@ -420,14 +459,16 @@ def test_scores_that_came_in_are_not_changed() -> None:
     assert scores.equal(before)
 
 
-def test_tokens_that_the_student_masks_stay_masked() -> None:
+@pytest.mark.parametrize("policy", [TrustRegion(0.3), SKD(3), TeacherMixture(0.4), TeacherOnly(1)], ids=str)
+def test_tokens_that_the_student_masks_stay_masked(policy: RolloutPolicy) -> None:
     student, teacher, inputs = llama(1), llama(2), prompts()
-    processor = TrustRegionBlend(teacher, 0.3, stop_ids=STOPS)
+    processor = TeacherGuided(teacher, policy, stop_ids=STOPS)
     torch.manual_seed(3)
     ids = generate_guided(student, inputs, processor, config(min_new_tokens=NEW, suppress_tokens=[7, 8]))
     assert ids.shape[1] == max(LENGTHS) + NEW
     assert not torch.isin(ids[:, max(LENGTHS) :], torch.tensor([2, 5, 7, 8])).any()
-    assert all(values.isfinite().all() for name, values in processor.records().items() if name != "teacher_log_prob")
+    records = processor.records()
+    assert all(records[name].isfinite().all() for name in ("divergence", "student_entropy", "teacher_log_prob"))
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -487,8 +528,9 @@ def test_other_ways_to_decode_are_refused() -> None:
     processor = TrustRegionBlend(llama(2), 0.1, stop_ids=STOPS)
     with pytest.raises(TrimtabError, match="asks for assisted_generation"):
         generate_guided(llama(1), prompts((4,)), processor, config(prompt_lookup_num_tokens=3))
-    with pytest.raises(TrimtabError, match=r"eos_token_id=\[3\] must hold 2"):
-        generate_guided(llama(1), prompts(), processor, config(eos_token_id=[3]))
+    for named in ([3], [2, 3]):
+        with pytest.raises(TrimtabError, match=r"eos_token_id=\[.*3\] must be \[2\], the student's stop ids"):
+            generate_guided(llama(1), prompts(), processor, config(eos_token_id=named))
 
 
 def test_padding_without_a_mask_is_refused_as_are_masks_that_do_not_fit() -> None:

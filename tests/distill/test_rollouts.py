@@ -18,6 +18,8 @@ from trimtab.distill.rollouts import (
     TemperatureWarmup,
     TrustRegion,
     Vanilla,
+    check_budget,
+    check_whole,
 )
 
 ALL = [
@@ -60,6 +62,20 @@ def test_masked_tokens_stay_masked(policy: RolloutPolicy) -> None:
     assert behaviour.divergence.isfinite().all()
 
 
+@pytest.mark.parametrize("policy", ALL, ids=str)
+def test_what_the_student_may_not_write_is_not_written(policy: RolloutPolicy) -> None:
+    """And the teacher is the one who may not write it either."""
+    masked = torch.tensor([1, 6])
+    log_p, log_q = pair(16)
+    log_p = log_p.index_fill(-1, masked, -torch.inf).log_softmax(-1)
+    behaviour = policy.log_behaviour(log_p, log_q, 0)
+    assert behaviour.log_mu[:, masked].eq(-torch.inf).all()
+    assert behaviour.divergence.isfinite().all()
+    both = policy.log_behaviour(log_p, log_q.index_fill(-1, masked, -torch.inf).log_softmax(-1), 0)
+    torch.testing.assert_close(behaviour.log_mu, both.log_mu)
+    torch.testing.assert_close(behaviour.log_mu.logsumexp(-1), torch.zeros(16).double(), rtol=0, atol=1e-12)
+
+
 # -- trust region ----------------------------------------------------------------------------------
 
 
@@ -77,10 +93,9 @@ def test_the_trust_region_is_that_of_the_budget_of_the_step() -> None:
     log_p, log_q = pair(32)
     behaviour = TrustRegion(0.08, 4).log_behaviour(log_p, log_q, 3)
     log_mu, beta, divergence = trust_region_blend(log_p, log_q, 0.02)
-    assert behaviour.log_mu.equal(log_mu)
-    assert behaviour.blend_weight is not None
-    assert behaviour.blend_weight.equal(beta)
-    assert behaviour.divergence.equal(divergence)
+    torch.testing.assert_close(behaviour.log_mu, log_mu, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(behaviour.blend_weight, beta, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(behaviour.divergence, divergence, rtol=1e-9, atol=1e-9)
 
 
 def test_no_other_policy_at_the_same_divergence_is_as_near_to_the_teacher() -> None:
@@ -145,8 +160,13 @@ def test_bad_settings_are_refused_by_name() -> None:
     for epsilon in (-0.1, math.nan, math.inf):
         with pytest.raises(TrimtabError, match="epsilon="):
             TrustRegion(epsilon)
-    with pytest.raises(TrimtabError, match="warmup_steps=-1"):
+    with pytest.raises(TrimtabError, match="warmup_steps=-1 must be a whole number, 0 or more"):
         TrustRegion(warmup_steps=-1)
+    for steps in (2.5, math.nan, "3"):
+        with pytest.raises(TrimtabError, match=f"steps={steps!r} must be a whole number, 0 or more"):
+            check_whole("steps", steps)
+    with pytest.raises(TrimtabError, match=r"epsilon='0\.1' must be finite"):
+        check_budget("epsilon", "0.1")
     with pytest.raises(TrimtabError, match="schedule='cosine' is not known"):
         TrustRegion(schedule="cosine")
     with pytest.raises(TrimtabError, match="top_k=0"):

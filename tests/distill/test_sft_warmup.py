@@ -98,16 +98,20 @@ def prompts_of(trainer: TRBTrainer, steps: int, monkeypatch: pytest.MonkeyPatch)
     return seen
 
 
-@pytest.mark.parametrize(("says", "answer"), [(7, [7] * NEW), (5, [2])], ids=["a word", "its stop"])
+@pytest.mark.parametrize(
+    ("says", "answer", "steps"),
+    [(7, [7] * NEW, 2), (5, [2], 2), (7, [7] * NEW, 6)],
+    ids=["a word", "its stop", "into the second epoch"],
+)
 def test_answers_are_the_teachers_to_the_first_prompts(
-    tmp_path: Path, tiny_tokenizer: Any, says: int, answer: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_tokenizer: Any, says: int, answer: list[int], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each prompt of the first steps, so many times, and labels on answers alone, which end with the student's stop."""
     trainer = made(tmp_path, tiny_tokenizer, babbler(says))
-    found = module._teacher_answers(trainer, 2, 3)
+    found = module._teacher_answers(trainer, steps, 3)
     assert isinstance(trainer.rollout_policy, TrustRegion)
-    wanted = prompts_of(made(tmp_path, tiny_tokenizer, babbler(says)), 2, monkeypatch)
-    assert len(wanted) == 8
+    wanted = prompts_of(made(tmp_path, tiny_tokenizer, babbler(says)), steps, monkeypatch)
+    assert len(wanted) == 4 * steps
     assert found == [
         {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt in wanted for _ in range(3)
     ]
@@ -160,6 +164,10 @@ def test_refusals(tmp_path: Path, tiny_tokenizer: Any) -> None:
     for name in ("updates", "prompt_steps", "answers_per_prompt"):
         with pytest.raises(TrimtabError, match=f"{name}=0 must be at least 1"):
             sft_warmup(trainer, **{name: 0})
+    few = made(tmp_path, tiny_tokenizer, babbler(7))
+    few.train_dataset = few.train_dataset.select(range(3))
+    with pytest.raises(TrimtabError, match="fewer prompts than a step takes"):
+        sft_warmup(few)
     trainer.is_fsdp_enabled = True
     with pytest.raises(TrimtabError, match="DeepSpeed or FSDP"):
         sft_warmup(trainer)

@@ -51,7 +51,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def llama(seed: int, vocab: int = VOCAB, stops: int | list[int] | None = 2) -> Any:
+def llama(seed: int, vocab: int = VOCAB, stops: int | list[int] | None = 2, **more: Any) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -64,6 +64,7 @@ def llama(seed: int, vocab: int = VOCAB, stops: int | list[int] | None = 2) -> A
         bos_token_id=1,
         eos_token_id=stops,
         pad_token_id=0,
+        **more,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -177,13 +178,20 @@ def count_calls(model: Any) -> list[int]:
         {"trust_region_warmup_steps": 0},
         {"rollout_policy": Vanilla()},
         {"rollout_policy": TemperatureWarmup(0.5, steps=0)},
+        {"stops": [2, 9], "trust_region_epsilon": 0.0, "beta": 0.5},
     ],
     ids=str,
 )
 def test_without_a_budget_all_is_trls(bed: Bed, nothing: dict[str, Any]) -> None:
-    theirs = bed.trainer(kind=DistillationTrainer, gradient_accumulation_steps=2, max_steps=5)
+    nothing = dict(nothing)
+    stops, beta = nothing.pop("stops", 2), nothing.get("beta", 1.0)
+
+    def models() -> dict[str, Any]:
+        return {"student": llama(0, stops=stops), "teacher": llama(1, stops=stops)}
+
+    theirs = bed.trainer(kind=DistillationTrainer, gradient_accumulation_steps=2, max_steps=5, beta=beta, **models())
     theirs.train()
-    ours = bed.trainer(gradient_accumulation_steps=2, max_steps=5, **nothing)
+    ours = bed.trainer(gradient_accumulation_steps=2, max_steps=5, **models(), **nothing)
     ours.train()
     assert len(ours.written) == 5, "three epochs"
     assert ours.written == theirs.written
@@ -356,6 +364,20 @@ def test_transformers_writes_in_the_warm_up_and_vllm_after_it(bed: Bed, caplog: 
 
 
 @pytest.mark.usefixtures("_vllm")
+def test_vllm_stops_where_the_student_does_and_settings_stay_the_users(bed: Bed) -> None:
+    given = {"seed": 3, "logit_bias": {8: 1.0}}
+    args = bed.config(use_vllm=True, generation_kwargs=given, student_stop_ids=[7], teacher_stop_ids=[5])
+    trainer = bed.trainer(args=args, rollout_policy=Vanilla())
+    assert trainer.vllm_generation.generation_kwargs == {
+        "seed": 3,
+        "stop_token_ids": [7],
+        "ignore_eos": True,
+        "logit_bias": {5: -100.0, 8: 1.0},
+    }
+    assert args.generation_kwargs == {"seed": 3, "logit_bias": {8: 1.0}}
+
+
+@pytest.mark.usefixtures("_vllm")
 def test_vllm_takes_the_temperature_and_what_must_not_be_written(bed: Bed, caplog: pytest.LogCaptureFixture) -> None:
     trainer = bed.trainer(
         use_vllm=True, rollout_policy=TemperatureWarmup(0.5, steps=2), teacher=llama(1, stops=5), max_steps=3
@@ -394,12 +416,13 @@ def loss_by_hand(trainer: Any, inputs: dict[str, Tensor], stop_ids: StopIds, voc
 CASES: dict[str, dict[str, Any]] = {
     "one stop, one vocabulary": {},
     "another stop": {"teacher": [5, 2], "stop_ids": StopIds((2,), (5, 2))},
-    "several stops each": {"student": [2, 9], "teacher": [9, 5], "stop_ids": StopIds((2, 9), (9, 5))},
+    "another stop alone": {"teacher_stop_ids": [5], "stop_ids": StopIds((2,), (5,))},
+    "several stops each": {"student": [2, 9], "teacher_stop_ids": [9, 5], "stop_ids": StopIds((2, 9), (9, 5))},
     "a padded student": {"size": (VOCAB + 6, VOCAB), "vocab_size": VOCAB},
     "padded and another stop": {
         "size": (VOCAB, VOCAB + 3),
         "teacher": 5,
-        "stop_ids": StopIds((2,), (5,)),
+        "stop_ids": StopIds((2,), (5, 2)),
         "vocab_size": VOCAB,
     },
 }
@@ -411,6 +434,7 @@ def made(bed: Bed, case: dict[str, Any], **settings: Any) -> Any:
         student=llama(0, sizes[0], case.get("student", 2)),
         teacher=llama(1, sizes[1], case.get("teacher", 2)),
         allow_padded_vocabulary="vocab_size" in case,
+        teacher_stop_ids=case.get("teacher_stop_ids"),
         **settings,
     )
 
@@ -474,6 +498,84 @@ def test_recorded_statistics_survive_the_shuffle_and_spare_the_teacher(bed: Bed,
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("masks", "recorded"),
+    [
+        ({}, True),
+        ({"suppress_tokens": [5]}, True),  # as the teacher's stop is anyway
+        ({"suppress_tokens": list(range(4, 40))}, False),
+        ({"min_new_tokens": NEW}, False),
+        ({"bad_words_ids": [[8]]}, False),
+    ],
+    ids=str,
+)
+def test_the_loss_is_of_whole_distributions_whatever_rollouts_mask(
+    bed: Bed, masks: dict[str, Any], recorded: bool
+) -> None:
+    trainer = bed.trainer(
+        teacher_stop_ids=[5, 2],
+        trust_region_epsilon=0.5,
+        loss_estimator="topk_tail",
+        loss_top_k=4,
+        generation_kwargs=masks,
+    )
+    trainer.model.train()
+    trainer._prepare_inputs([prompts()[i] for i in range(4)])
+    (inputs,) = trainer._buffered_inputs
+    assert ("top_k_ids" in inputs) is recorded
+    found = trainer.compute_loss(trainer.model, inputs).item()
+    wanted = loss_by_hand(trainer, inputs, StopIds((2,), (5, 2)), None).mean().item()
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_teacher_that_was_put_into_training_mode_is_taken_out_of_it(bed: Bed) -> None:
+    for settings in ({}, {"loss_estimator": "topk_pg", "rollout_policy": Vanilla()}):
+        losses = []
+        for training in (False, True):
+            teacher = llama(1, attention_dropout=0.5)
+            trainer = bed.trainer(teacher=teacher.train(training), trust_region_epsilon=0.5, max_steps=1, **settings)
+            trainer.teacher_model.train(training)
+            trainer.train()
+            losses.append(logged(trainer, "loss"))
+        assert losses[0] == losses[1]
+
+
+def test_a_generate_of_the_users_is_called_and_kept(bed: Bed) -> None:
+    student, lengths = llama(0), []
+    generate = student.generate
+
+    def users(**inputs: Any) -> Any:
+        output = generate(**inputs)
+        lengths.append(output.shape[1])
+        return output
+
+    student.generate = users
+    trainer = bed.trainer(student=student, trust_region_epsilon=0.5, trust_region_warmup_steps=2)
+    trainer.train()
+    assert len(lengths) == 3
+    assert trainer.model.generate is users
+    trainer.teacher_model.lm_head.weight.data.fill_(math.nan)
+    trainer.state.global_step = 0
+    with pytest.raises(TrimtabError, match="NaN"):
+        trainer._generate_single_turn([[1, 5]], None, {})
+    assert trainer.model.generate is users
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"teacher_stop_ids": [5], "teacher_statistics": "always"}], ids=str)
+def test_compiled_models(bed: Bed, settings: dict[str, Any]) -> None:
+    shared = {"trust_region_epsilon": 0.5, "trust_region_warmup_steps": 2, **settings}
+    plain = bed.trainer(**shared)
+    plain.train()
+    compiled = bed.trainer(torch_compile=True, torch_compile_backend="eager", **shared)
+    compiled.train()
+    assert compiled.written[0] == plain.written[0]
+    assert logged(compiled, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-3)
+    assert "generate" not in vars(compiled.model)
+    views = 3 if "teacher_statistics" in settings else 2
+    assert len(logged(compiled, "rollout/teacher_log_prob")) == views
+
+
 def test_equal_models_have_no_loss_and_stay(bed: Bed) -> None:
     """But for a policy gradient's noise, none of the estimators has anything to teach."""
     for estimator in ("full", "topk_renorm", "topk_tail", "topk_pg"):
@@ -505,7 +607,7 @@ def test_other_divergences_stay_with_trl(bed: Bed) -> None:
     trainer = bed.trainer(beta=0.5, max_steps=1)
     trainer.train()
     assert logged(trainer, "loss")[0] > 0
-    with pytest.raises(TrimtabError, match=r"beta=0.5: with StopIds\(student=\(2,\), teacher=\(5,\)\)"):
+    with pytest.raises(TrimtabError, match=r"beta=0.5: with StopIds\(student=\(2,\), teacher=\(5, 2\)\)"):
         bed.trainer(beta=0.5, teacher=llama(1, stops=5))
 
 
@@ -540,8 +642,25 @@ def test_stop_ids_that_are_given_count(bed: Bed) -> None:
     assert trainer.generation_config.suppress_tokens == [9]
     trainer.train()
     assert trainer.model.generation_config.eos_token_id == 2, "the model's own is as it was"
-    none_of_its_own = bed.trainer(teacher=llama(1, stops=None))
-    assert none_of_its_own.comparison.stop_ids == StopIds((2,), (2,))
+
+
+def test_a_teacher_stops_at_its_tokenizers_end_too(bed: Bed) -> None:
+    """As TRL's student does: of models of one kind, neither may lose it."""
+    assert bed.trainer(teacher=llama(1, stops=None)).stop_ids == StopIds((2,), (2,))
+    other = other_end(bed.tokenizer, "w5")
+    assert other.eos_token_id == 9
+    same = bed.trainer(teacher=llama(0), processing_class=other, max_steps=1)
+    assert same.stop_ids == StopIds((9, 2), (2, 9))
+    same.train()
+    assert logged(same, "loss") == pytest.approx([0.0], abs=1e-6)
+    theirs = bed.trainer(teacher=llama(1, stops=5), teacher_processing_class=other)
+    assert theirs.stop_ids == StopIds((2,), (5, 9))
+
+
+def other_end(tokenizer: Any, token: str) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", eos_token=token, unk_token="<unk>"
+    )
 
 
 def test_tokens_that_are_suppressed_already_stay_so(bed: Bed) -> None:
@@ -552,8 +671,23 @@ def test_tokens_that_are_suppressed_already_stay_so(bed: Bed) -> None:
 def test_vocabularies_of_different_sizes_must_be_allowed(bed: Bed) -> None:
     with pytest.raises(TrimtabError, match=r"64 ids and the teacher for 70.*allow_padded_vocabulary=True"):
         bed.trainer(teacher=llama(1, VOCAB + 6))
-    with pytest.raises(TrimtabError, match="tokenizer has 64 ids, more than the 60"):
-        bed.trainer(teacher=llama(1, 60), student=llama(0, 62), allow_padded_vocabulary=True)
+
+
+def test_a_tokenizer_may_have_ids_that_no_head_has(bed: Bed) -> None:
+    """As Gemma 3's has one; they cannot be written."""
+    for sizes, common in (((63, 63), None), ((60, 63), 60), ((63, 60), 60)):
+        trainer = bed.trainer(
+            student=llama(0, sizes[0]),
+            teacher=llama(1, sizes[1]),
+            allow_padded_vocabulary=True,
+            data=Dataset.from_list([{"prompt": f"w{i} w5"} for i in range(8)]),
+            trust_region_warmup_steps=1,
+            max_steps=2,
+        )
+        assert trainer.comparison.vocab_size == common
+        trainer.train()
+        assert len(trainer.written) == 2
+        assert max(token for _, batch in trainer.written for answer in batch for token in answer) < min(sizes)
 
 
 def other_tokenizer(tokenizer: Any) -> Any:
@@ -573,15 +707,24 @@ def test_the_first_token_that_differs_is_named(bed: Bed) -> None:
 
 
 @pytest.mark.parametrize("size", [VOCAB, VOCAB + 6])
-def test_a_teacher_by_name_is_loaded_with_its_tokenizer(bed: Bed, tmp_path: Path, size: int) -> None:
+def test_a_teacher_by_name_is_loaded_with_its_tokenizer(
+    bed: Bed, tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     llama(1, size).save_pretrained(tmp_path / "teacher")
     settings = {"allow_padded_vocabulary": size > VOCAB, "max_steps": 1}
+    llama(1, size).bfloat16().save_pretrained(tmp_path / "half")
+    half = bed.trainer(teacher=str(tmp_path / "half"), **settings)
+    assert half.teacher_model.dtype == torch.bfloat16, "as TRL has it"
+    caplog.clear()
     named = bed.trainer(teacher=str(tmp_path / "teacher"), **settings)
     named.train()
     given = bed.trainer(teacher=llama(1, size), **settings)
     given.train()
     assert named.written == given.written
     assert_same(weights(named), weights(given))
+    assert [r.name for r in caplog.records if "cannot be loaded, so it is taken to be the student's" in r.message] == [
+        "trimtab.distill.compatibility"
+    ]
     args = bed.config(teacher_model_name_or_path=str(tmp_path / "teacher"), **settings)
     assert TRBTrainer(llama(0), args=args, train_dataset=prompts(), processing_class=bed.tokenizer).teacher_model
     other_tokenizer(bed.tokenizer).save_pretrained(tmp_path / "teacher")
@@ -646,6 +789,15 @@ def test_images_are_refused_while_the_teacher_writes_along(bed: Bed) -> None:
     trainer.model.train()
     with pytest.raises(TrimtabError, match=r"\['pixel_values'\]: the teacher reads tokens only"):
         trainer._generate_single_turn([[1, 5]], None, {"pixel_values": torch.zeros(1, 3, 4, 4)})
+    kinds = {"token_type_ids": [[0, 0], [0, 0, 0]]}  # with which processors come of text alone
+    set_seed(SEED)
+    trainer._generate_single_turn([[1, 5], [1, 6, 7]], None, {})
+    student, given = trainer.model.forward, []
+    trainer.model.forward = lambda token_type_ids, **inputs: given.append(token_type_ids) or student(**inputs)
+    set_seed(SEED)
+    trainer._generate_single_turn([[1, 5], [1, 6, 7]], None, kinds)
+    assert given[0].shape == (2, 3)
+    assert trainer.written[-1][1] == trainer.written[-2][1]
 
 
 # -- the teacher's place, its view, resuming ----------------------------------------------------------
@@ -693,16 +845,16 @@ def test_engines_that_hold_the_teacher(bed: Bed, engine: str) -> None:
     trainer = bed.trainer(offload_teacher=True)
     setattr(trainer, engine, True)
     with pytest.raises(TrimtabError, match="holds the teacher's weights"):
-        trainer._check_backend()
+        trainer._check_offload()
 
 
 def test_fsdp_of_the_first_version_cannot_decode(bed: Bed) -> None:
     trainer = bed.trainer()
     trainer._dist.fsdp_version = 1
     with pytest.raises(TrimtabError, match="fsdp_version=2"):
-        trainer._check_backend()
+        trainer._check_guidance()
     trainer.rollout_policy = Vanilla()
-    trainer._check_backend()
+    trainer._check_guidance()
 
 
 @pytest.mark.parametrize(
@@ -797,7 +949,12 @@ def test_a_run_that_is_taken_up_again_is_the_same_run(
         ({"trust_region_schedule": "cosine"}, "trust_region_schedule='cosine' is not known"),
         ({"loss_estimator": "sampled"}, "loss_estimator='sampled' is not known"),
         ({"teacher_statistics": "never"}, "teacher_statistics='never' is not known"),
-        ({"loss_top_k": 0}, "loss_top_k=0 must be at least 1"),
+        ({"loss_top_k": 0}, "loss_top_k=0 must be a whole number, 1 or more"),
+        ({"loss_top_k": 4.5}, "loss_top_k=4.5 must be"),
+        ({"trust_region_epsilon": "0.02"}, "trust_region_epsilon='0.02' must be"),
+        ({"trust_region_warmup_steps": math.nan}, "trust_region_warmup_steps=nan must be"),
+        ({"student_stop_ids": 2}, "student_stop_ids=2 must be a list of token ids"),
+        ({"teacher_stop_ids": ["</s>"]}, r"teacher_stop_ids=\['</s>'\] must be a list"),
         ({"loss_estimator": "topk_pg", "beta": 0.5}, "beta=0.5 with loss_estimator='topk_pg'"),
     ],
     ids=str,
@@ -811,11 +968,13 @@ def test_settings_out_of_range(bed: Bed, settings: dict[str, Any], message: str)
     ("settings", "message"),
     [
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2: where the teacher writes along"),
-        ({"generation_kwargs": {"assistant_model": "x"}}, "assistant_model=x"),
-        ({"generation_kwargs": {"prompt_lookup_num_tokens": 3}}, "prompt_lookup_num_tokens=3"),
+        ({"generation_kwargs": {"prompt_lookup_num_tokens": 3}}, "asks for assisted_generation"),
+        ({"generation_kwargs": {"typical_p": 0.9}}, "typical_p=0.9"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat_ngram_size=2"),
+        ({"generation_kwargs": {"eos_token_id": 7}}, r"eos_token_id=7 in generation_kwargs: .* the loss, \[2\]"),
         ({"generation_kwargs": {"do_sample": False}}, "do_sample=False"),
         ({"generation_kwargs": {"temperature": 0.5}}, "temperature=0.5"),
-        ({"top_p": 0.9}, r"top_p=0.9: .* plain samples \(top_p=1.0\), since the divergence .* tempered"),
+        ({"top_p": 0.9}, r"top_p=0.9: .* plain samples \(top_p=1.0\), since the divergence .* before any such"),
         ({"top_k": 5}, "top_k=5"),
         ({"min_p": 0.1}, "min_p=0.1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
@@ -824,15 +983,37 @@ def test_settings_out_of_range(bed: Bed, settings: dict[str, Any], message: str)
     ids=str,
 )
 def test_what_would_change_rollouts_after_the_blend(bed: Bed, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(TrimtabError, match=message):
-        bed.trainer(**settings)
-    if "cache_implementation" not in settings and "assistant_model" not in settings.get("generation_kwargs", {}):
-        bed.trainer(rollout_policy=Vanilla(), **settings)
+    for policy in (TrustRegion(0.02), OnlyAtLast(0.02)):
+        with pytest.raises(TrimtabError, match=message):
+            bed.trainer(rollout_policy=policy, **settings)
+    bed.trainer(rollout_policy=Vanilla(), **settings)
+
+
+class OnlyAtLast(TrustRegion):
+    """At the third and last step."""
+
+    def needs_teacher(self, step: int) -> bool:
+        return step == 2
+
+
+@dataclass
+class Mine(DistillationConfig):
+    extra: int = 1
 
 
 def test_other_refusals(bed: Bed) -> None:
     with pytest.raises(TrimtabError, match="loss_top_k=65 must be at most 64"):
         bed.trainer(loss_estimator="topk_tail", loss_top_k=65)
+    with pytest.raises(TrimtabError, match="loss_top_k=65 must be at most 64"):
+        bed.trainer(
+            student=llama(0, 70),
+            teacher=llama(1, 80),
+            loss_estimator="topk_tail",
+            loss_top_k=65,
+            allow_padded_vocabulary=True,
+        )
+    with pytest.raises(TrimtabError, match=r"args=Mine has \['extra'\], which TRBConfig has not: derive it"):
+        bed.trainer(args=bed.config(Mine))
     with pytest.raises(TrimtabError, match="teacher_model=None"):
         TRBTrainer(llama(0), None, bed.config(), prompts(), processing_class=bed.tokenizer)
     with pytest.raises(TrimtabError, match="teacher_model_init_kwargs are for a teacher given by name"):

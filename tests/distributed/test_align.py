@@ -218,7 +218,7 @@ def train(out: str, kind: str, processes: int, resumed_from: str | None = None) 
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         reference=TrustRegionReference.soft(
-            0.5, lora="exact" if kind == "exact" else "factors", measure=kind not in (*ONLINE, "sharded")
+            0.5, lora="exact" if kind == "exact" else "factors", measure=kind not in ONLINE
         ),
         **more,
     )
@@ -313,7 +313,8 @@ def test_shards_of_two_processes_are_one_whole(trained: dict[int, Path], tmp_pat
             for name, tensor in one[which].items():
                 torch.testing.assert_close(each[which][name], tensor, atol=1e-6, rtol=1e-5, msg=f"{which} {name}")
         for ours, theirs in zip(each["logs"], one["logs"], strict=True):
-            for name in ("loss", "rewards/margins", "reference/log_ratio"):
+            measured = ("log_ratio", "distance", "kl_current", "kl_initial", "margin_current", "margin_initial")
+            for name in ("loss", "rewards/margins", *(f"reference/{name}" for name in measured)):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 

@@ -25,10 +25,12 @@ pytestmark = [
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_distill import SETTINGS, heads_in_parts, run
+from test_distill import RESUMED, SETTINGS, heads_in_parts, run
 torch.set_num_threads(1)
 for name in SETTINGS:
     run(f"{{sys.argv[1]}}/{{name}}", name, processes=2)
+for step in (0, *RESUMED):
+    run(f"{{sys.argv[1]}}/{{step}}", "resumed", processes=2, resumed_at=step)
 heads_in_parts()
 assert dist.is_initialized() and dist.get_world_size() == 2, "one process ran alone"
 sys.stdout.write(f"world size {{dist.get_world_size()}}\\n")
@@ -84,6 +86,9 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+# An epoch has two steps, so that the first checkpoint is within the second and the other behind it.
+RESUMED = (3, 4)
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "trls": {},
     "another stop": {"teacher_statistics": "always", "gradient_accumulation_steps": 2},
@@ -93,8 +98,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(out: str, name: str, *, processes: int) -> None:
-    """Writes weights, logs, and what each process wrote."""
+def run(out: str, name: str, *, processes: int, resumed_at: int | None = None) -> None:
+    """Writes weights, logs, and what each process wrote; taken up where the run in the folder "0" was."""
     from datasets import Dataset
 
     from trimtab.distill import sft_warmup
@@ -105,13 +110,13 @@ def run(out: str, name: str, *, processes: int) -> None:
 
     class Recording(TRBTrainer):
         def _generate_single_turn(self, prompt_ids: Any, *others: Any, **options: Any) -> Any:
-            self.generation_config.do_sample = self._guided  # the student alone, greedily
+            self.generation_config.do_sample = self._guided or name == "resumed"  # else the student alone is greedy
             answers = super()._generate_single_turn(prompt_ids, *others, **options)
             step = self.state.global_step
             written.extend((step, *pair) for pair in zip(prompt_ids, answers, strict=True))
             return answers
 
-    settings = SETTINGS[name]
+    settings = SETTINGS.get(name, {"max_steps": 6, "save_strategy": "steps", "save_steps": 1})
     parts = settings.get("gradient_accumulation_steps", 1)
     args = TRBConfig(
         output_dir=f"{out}/run",
@@ -121,23 +126,22 @@ def run(out: str, name: str, *, processes: int) -> None:
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        save_strategy="no",
-        max_steps=STEPS,
         per_device_train_batch_size=8 // processes // parts,
         max_completion_length=8,
         learning_rate=0.5,
         optim="sgd",
         logging_steps=1,
-        **settings,
+        **({"save_strategy": "no", "max_steps": STEPS} | settings),
     )
-    data = Dataset.from_list([{"prompt": f"w{i} w{i + 1}" + " w3" * (i % 3)} for i in range(32)])
+    size = 16 if name == "resumed" else 32
+    data = Dataset.from_list([{"prompt": f"w{i} w{i + 1}" + " w3" * (i % 3)} for i in range(size)])
     trainer = Recording(
         llama(0, stop=2),
         llama(1, stop=5 if name == "another stop" else 2),
         args,
         data,
         processing_class=tokenizer(),
-        rollout_policy=Vanilla() if name == "alone" else Likeliest(),
+        rollout_policy={"alone": Vanilla(), "resumed": TrustRegion(0.5, 5)}.get(name, Likeliest()),
     )
     assert trainer.accelerator.num_processes == processes
     if name == "after a supervised warm-up":
@@ -146,7 +150,7 @@ def run(out: str, name: str, *, processes: int) -> None:
         supervised |= {"per_device_train_batch_size": 16 // processes}
         with mock.patch.object(sft_warmup, "TeacherOnly", return_value=Likeliest()):
             sft_warmup.sft_warmup(trainer, updates=1, prompt_steps=2, answers_per_prompt=1, settings=supervised)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=f"{out}/../0/run/checkpoint-{resumed_at}" if resumed_at else None)
     rank = trainer.accelerator.process_index
     Path(out, f"{rank}.json").write_text(json.dumps({"written": written, "history": trainer.state.log_history}))
     save_file({k: v.contiguous() for k, v in trainer.model.state_dict().items()}, f"{out}/{rank}.safetensors")
@@ -179,7 +183,7 @@ def heads_in_parts() -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes make of all settings."""
     out = tmp_path_factory.mktemp("two")
-    for name in SETTINGS:
+    for name in (*SETTINGS, "0", *map(str, RESUMED)):
         (out / name).mkdir()
     script = out / "program.py"
     script.write_text(PROGRAM.format(tests=str(Path(__file__).parent)))
@@ -229,3 +233,14 @@ def test_two_processes_equal_one(tmp_path: Path, two: Path, name: str) -> None:
             torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-4, msg=f"{rank} {key}")
     moved = max(float((value - start[key]).abs().max()) for key, value in wanted.items())
     assert moved > 1e-2
+
+
+@pytest.mark.parametrize("step", RESUMED)
+def test_two_processes_resume_exactly(two: Path, step: int) -> None:
+    for rank in (0, 1):
+        whole, again = (json.loads((two / name / f"{rank}.json").read_text()) for name in ("0", str(step)))
+        assert len(whole["written"]) == 6 * 4
+        assert again["written"] == [each for each in whole["written"] if each[0] >= step]
+        wanted = load_file(two / "0" / f"{rank}.safetensors")
+        for key, value in load_file(two / str(step) / f"{rank}.safetensors").items():
+            assert torch.equal(value, wanted[key]), f"{rank} {key}"

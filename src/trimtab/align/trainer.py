@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import use_adapter
@@ -164,6 +165,9 @@ class TrustRegionMixin:
             figures = measured(batch)
         finally:
             model.train()
+            for module in model.modules():
+                if isinstance(module, FSDPModule):  # put together by a forward pass, for a backward that does not come
+                    module.reshard()
         return {f"reference/{name}": value for name, value in (figures | {"distance": reference.distance()}).items()}
 
     def _of_preferences(self, batch: Batch) -> dict[str, float]:

@@ -30,7 +30,9 @@ __all__ = [
     "geometric_blend",
     "kl",
     "noncentral_chi2",
+    "tempered",
     "truncated_geometric",
+    "trust_region",
     "trust_region_blend",
 ]
 
@@ -134,17 +136,35 @@ def trust_region_blend(
     log_mu = student.new_empty(student.shape, dtype=dtype)
     beta, divergence = torch.zeros_like(radius), torch.zeros_like(radius)
     for rows in _blocks(student):
-        log_p = torch.log_softmax(_tempered(student[rows], temperature, dtype), -1)
-        scores = _tempered(teacher[rows], temperature, dtype)
+        log_p = torch.log_softmax(tempered(student[rows], temperature, dtype), -1)
+        scores = tempered(teacher[rows], temperature, dtype)
         # log_softmax spreads a bad value over its whole row.
         _refuse("student_logits", student[rows], log_p[:, 0].isnan(), rows.start)
         _refuse("teacher_logits", teacher[rows], ~scores.amax(-1).isfinite(), rows.start)
-        log_mu[rows] = log_p
-        inside = radius[rows] > 0
-        if bool(inside.any()):
-            blend = _blend_rows(_keep(log_p, inside), _keep(scores, inside), _keep(radius[rows], inside))
-            log_mu[rows][inside], beta[rows][inside], divergence[rows][inside] = blend
+        log_mu[rows], beta[rows], divergence[rows] = _blend_inside(log_p, scores, radius[rows])
     return log_mu.reshape(*batch, vocab), beta.reshape(batch), divergence.reshape(batch)
+
+
+@torch.no_grad()
+def trust_region(
+    log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], epsilon: float | int
+) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """`trust_region_blend` of few rows that are normalised already: nothing is checked, nor done in blocks.
+
+    `log_p` float32 or better. A row of which log_softmax made NaN has a NaN divergence.
+    """
+    radius = torch.full_like(log_p[:, 0], epsilon)
+    log_mu, beta, divergence = _blend_inside(log_p, log_q.to(log_p.dtype), radius)
+    bad = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # log_softmax has spread it over the row
+    return log_mu, beta, divergence.masked_fill(bad, torch.nan)
+
+
+def tempered(
+    logits: Float[Tensor, "*batch vocab"], temperature: float | int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch vocab"]:
+    """logits / temperature in `dtype` or better; the logits themselves when that changes nothing."""
+    logits = logits.to(torch.promote_types(logits.dtype, dtype))
+    return logits if temperature == 1 else logits / temperature
 
 
 def truncated_geometric(rate: float | int, n: int, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "n"]:
@@ -193,6 +213,19 @@ def _check_blend(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
         raise TrimtabError(f"student_logits has shape {list(student_logits.shape)}: the last axis is empty.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise TrimtabError(f"temperature={temperature} must be positive and finite.")
+
+
+def _blend_inside(
+    log_p: Float[Tensor, "rows vocab"], scores: Float[Tensor, "rows vocab"], radius: Float[Tensor, " rows"]
+) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """log mu, beta and KL(mu || p); rows of radius 0 are the student's."""
+    inside = radius > 0
+    if bool(inside.all()):
+        return _blend_rows(log_p, scores, radius)
+    log_mu, beta, divergence = log_p.clone(), torch.zeros_like(radius), torch.zeros_like(radius)
+    if bool(inside.any()):
+        log_mu[inside], beta[inside], divergence[inside] = _blend_rows(log_p[inside], scores[inside], radius[inside])
+    return log_mu, beta, divergence
 
 
 def _blend_rows(
@@ -300,11 +333,6 @@ def _keep(rows: Tensor, mask: Bool[Tensor, " rows"]) -> Tensor:
 def _blocks(rows: Float[Tensor, "rows vocab"]) -> Iterator[slice]:
     size = max(1, (_BLOCK_CPU if rows.device.type == "cpu" else _BLOCK_ACCELERATOR) // rows.shape[-1])
     return (slice(start, start + size) for start in range(0, len(rows), size))
-
-
-def _tempered(logits: Tensor, temperature: float | int, dtype: torch.dtype) -> Tensor:
-    logits = logits.to(dtype)
-    return logits if temperature == 1 else logits / temperature
 
 
 def _refuse(name: str, logits: Float[Tensor, "rows vocab"], bad: Bool[Tensor, " rows"], start: int) -> None:

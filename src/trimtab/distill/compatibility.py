@@ -1,10 +1,11 @@
-"""What must fit before `TRBTrainer` trains: arguments, how to sample, two models' vocabularies and tokenizers."""
+"""What must fit before `TRBTrainer` trains: arguments, two models' vocabularies and tokenizers."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import AutoConfig, AutoTokenizer
 from trl import DistillationConfig
 from trl.trainer.utils import get_config_model_id
@@ -13,9 +14,16 @@ from trimtab.core.errors import TrimtabError
 from trimtab.distill.config import TRBConfig
 from trimtab.distill.eos import check_tokenizers
 from trimtab.distill.loss import Comparison
-from trimtab.distill.rollouts import RolloutPolicy
 
-__all__ = ["check_comparison", "check_sampling", "common_tokens", "differ_in_size", "own_config"]
+__all__ = [
+    "check_comparison",
+    "common_tokens",
+    "differ_in_size",
+    "own_config",
+    "teachers_tokenizer",
+]
+
+logger = get_logger(__name__)
 
 
 def own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
@@ -24,52 +32,23 @@ def own_config(args: DistillationConfig | None, model: Any) -> TRBConfig:
         return TRBConfig(f"{name.split('/')[-1]}-TRB")
     if isinstance(args, TRBConfig):
         return args
-    return TRBConfig(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    own = sorted(given.keys() - {field.name for field in fields(TRBConfig)})
+    if own:
+        raise TrimtabError(f"args={type(args).__name__} has {own}, which TRBConfig has not: derive it from TRBConfig.")
+    return TRBConfig(**given)
 
 
-def check_sampling(args: TRBConfig, policy: RolloutPolicy) -> None:
-    """Refused now, and not in the middle of a run: what `generate_guided` refuses."""
-    if not policy.needs_teacher(0):
-        return
-    given = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    given |= args.generation_kwargs or {}
-    neutral = {
-        "top_p": (1.0,),
-        "top_k": (0, None),
-        "min_p": (None, 0.0),
-        "repetition_penalty": (1.0,),
-        "num_beams": (1,),
-        "do_sample": (True,),
-        "assistant_model": (None,),
-        "assistant_early_exit": (None,),
-        "prompt_lookup_num_tokens": (None,),
-        "temperature": (args.temperature,),
-    }
-    for name, value in given.items():
-        if name in neutral and value not in neutral[name]:
-            raise TrimtabError(
-                f"{name}={value}: where the teacher writes along, rollouts are plain samples "
-                f"({name}={neutral[name][0]}), since the divergence from the student is that of the tempered "
-                "distributions before any such change."
-            )
-    if args.cache_implementation not in (None, "dynamic", "static"):
-        raise TrimtabError(
-            f"cache_implementation={args.cache_implementation!r}: where the teacher writes along it must be None, "
-            "'dynamic' or 'static'."
-        )
-
-
-def check_comparison(comparison: Comparison, beta: float | int, size: int, tokens: int) -> None:
-    """What the loss compares, of heads of which the smaller has `size` ids, and `tokens` ids of the tokenizers."""
+def check_comparison(comparison: Comparison, beta: float | int, head: int) -> None:
+    """What the loss compares, of heads of which the smaller has `head` ids."""
     if beta != 1.0 and not comparison.is_trls:
         sizes = "equal" if comparison.vocab_size is None else "different"
         raise TrimtabError(
             f"beta={beta}: with {comparison.stop_ids} and heads of {sizes} sizes, the loss is the reverse KL, beta=1.0."
         )
+    size = head if comparison.vocab_size is None else comparison.vocab_size
     if comparison.estimator != "full" and comparison.k > size:
         raise TrimtabError(f"loss_top_k={comparison.k} must be at most {size}, the size of the vocabulary.")
-    if tokens > size:
-        raise TrimtabError(f"The tokenizer has {tokens} ids, more than the {size} that both models have logits for.")
 
 
 def differ_in_size(student: Any, teacher: Any, args: TRBConfig) -> bool:
@@ -99,15 +78,23 @@ def _vocab_size(model: Any, revision: str | None, args: TRBConfig) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def common_tokens(tokenizer: Any, teacher: Any, given: Any, args: TRBConfig) -> int:
-    """How many ids the tokenizers know, which must be the same ones where the teacher's tokenizer can be had."""
+def teachers_tokenizer(teacher: Any, given: Any, args: TRBConfig) -> Any:
+    """The one given, or the one beside a teacher that is given by name; None where there is none."""
     if given is None and isinstance(teacher, str):
         revision = (args.teacher_model_init_kwargs or {}).get("revision", args.teacher_model_revision)
         try:
             trust = args.trust_remote_code
             given = AutoTokenizer.from_pretrained(teacher, revision=revision, trust_remote_code=trust)
-        except (OSError, ValueError):  # a folder without one
-            given = None
-    if given is None:
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"The tokenizer of the teacher {teacher!r} cannot be loaded, so it is taken to be the student's. "
+                f"Give teacher_processing_class to have the two compared. {error}"
+            )
+    return getattr(given, "tokenizer", given)
+
+
+def common_tokens(tokenizer: Any, teachers: Any) -> int:
+    """How many ids the tokenizers share, which must be the same tokens where the teacher's tokenizer is known."""
+    if teachers is None:
         return max(tokenizer.get_vocab().values()) + 1
-    return check_tokenizers(tokenizer, getattr(given, "tokenizer", given))
+    return check_tokenizers(tokenizer, teachers)

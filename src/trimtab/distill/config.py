@@ -7,7 +7,7 @@ defaults stand.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args, no_type_check
 
@@ -15,7 +15,7 @@ from trl import DistillationConfig
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.distill.functional import Estimator
-from trimtab.distill.rollouts import TrustRegion
+from trimtab.distill.rollouts import TrustRegion, check_budget, check_whole
 
 __all__ = ["TRBConfig"]
 
@@ -63,9 +63,7 @@ class TRBConfig(DistillationConfig):
     )
     teacher_stop_ids: list[int] | None = field(
         default=None,
-        metadata={
-            "help": "Ids at which the teacher stops. Default: its generation config's, or the student's without one."
-        },
+        metadata={"help": "Ids at which the teacher stops. Default: its generation config's and its tokenizer's."},
     )
     allow_padded_vocabulary: bool = field(
         default=False,
@@ -86,11 +84,9 @@ class TRBConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        epsilon, steps = self.trust_region_epsilon, self.trust_region_warmup_steps
-        if not (math.isfinite(epsilon) and epsilon >= 0):
-            raise TrimtabError(f"trust_region_epsilon={epsilon} must be finite and 0 or more (nats per token).")
-        if not isinstance(steps, int) or steps < 0:
-            raise TrimtabError(f"trust_region_warmup_steps={steps} must be a whole number of steps, 0 or more.")
+        check_budget("trust_region_epsilon", self.trust_region_epsilon)
+        check_whole("trust_region_warmup_steps", self.trust_region_warmup_steps)
+        check_whole("loss_top_k", self.loss_top_k, least=1)
         for name, accepted in (
             ("trust_region_schedule", ("linear", "constant")),
             ("loss_estimator", get_args(Estimator)),
@@ -98,8 +94,6 @@ class TRBConfig(DistillationConfig):
         ):
             if getattr(self, name) not in accepted:
                 raise unknown(name, getattr(self, name), accepted)
-        if self.loss_top_k < 1:
-            raise TrimtabError(f"loss_top_k={self.loss_top_k} must be at least 1.")
         if self.loss_estimator != "full" and self.beta != 1.0:
             raise TrimtabError(
                 f"beta={self.beta} with loss_estimator={self.loss_estimator!r}: the truncated estimators are of the "
@@ -108,6 +102,8 @@ class TRBConfig(DistillationConfig):
         for name in ("student_stop_ids", "teacher_stop_ids"):
             ids = getattr(self, name)
             if ids is not None:
+                if not (isinstance(ids, Sequence) and all(isinstance(token, int) for token in ids)):
+                    raise TrimtabError(f"{name}={ids!r} must be a list of token ids.")
                 setattr(self, name, list(ids))
 
     def trust_region(self) -> TrustRegion:

@@ -11,7 +11,8 @@ logits l_M and M's own stop ids,
     l'_M[v]    = l_M[v]     elsewhere
 
 and softmax renormalises: what a model loses is its probability of stop ids that are the other model's alone (the
-paper does not say what becomes of it). Where both stop at one and the same id, nothing changes.
+paper does not say what becomes of it). Where both stop at the same ids, be they several, nothing changes: they are
+one vocabulary already, and the loss is TRL's own. That is finer than one stop event, whose parts are not told apart.
 """
 
 from __future__ import annotations
@@ -43,19 +44,6 @@ class StopIds:
             if not ids or min(ids) < 0 or len(set(ids)) < len(ids):
                 raise TrimtabError(f"{name}={ids} must be one or more different ids, none below 0.")
 
-    @classmethod
-    def of(cls, student: Any, teacher: Any) -> StopIds:
-        """Those of the two models' generation configs. Raises `TrimtabError` where one names none."""
-        found = {}
-        for name, model in (("student", student), ("teacher", teacher)):
-            ids = model.generation_config.eos_token_id
-            if ids is None:
-                raise TrimtabError(
-                    f"The {name}'s generation_config has no eos_token_id: give StopIds(student, teacher)."
-                )
-            found[name] = tuple(dict.fromkeys(ids if isinstance(ids, list) else [ids]))
-        return cls(**found)
-
     @property
     def written(self) -> int:
         """e_S, the one stop id that is left."""
@@ -63,7 +51,9 @@ class StopIds:
 
     @property
     def masked(self) -> tuple[int, ...]:
-        """Every other stop id of either model."""
+        """Every other stop id of either model; none where both stop at the same ids."""
+        if {*self.student} == {*self.teacher}:
+            return ()
         return tuple(sorted({*self.student, *self.teacher} - {self.written}))
 
 
@@ -115,17 +105,18 @@ def suppressed_ids(stop_ids: StopIds | None, head: int, vocab_size: int | None =
 def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
     """The number of ids that both tokenizers know, the same token at each: the `vocab_size` of `canonicalise`.
 
-    Raises `TrimtabError` with the first id at which they differ.
+    One may have tokens that the other lacks, such as padding that was added. Raises `TrimtabError` with the first id
+    that both name, and differently.
     """
     student, teacher = ({i: t for t, i in x.get_vocab().items()} for x in (student_tokenizer, teacher_tokenizer))
-    for i in sorted({*student, *teacher}):
-        if student.get(i) != teacher.get(i):
-            said = ["no token" if token is None else repr(token) for token in (student.get(i), teacher.get(i))]
+    both = sorted(student.keys() & teacher.keys())
+    for i in both:
+        if student[i] != teacher[i]:
             raise TrimtabError(
-                f"The tokenizers differ: token id {i} is {said[0]} for the student and {said[1]} for the teacher. "
-                "Distributions can be compared only over one vocabulary."
+                f"The tokenizers differ: token id {i} is {student[i]!r} for the student and {teacher[i]!r} for the "
+                "teacher. Distributions can be compared only over one vocabulary."
             )
-    return max(student) + 1
+    return both[-1] + 1
 
 
 def _with_one_stop(logits: Tensor, own: Sequence[int], written: int, masked: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.core.errors import TrimtabError, unknown
-from trimtab.core.simplex import kl
+from trimtab.core.simplex import kl, tempered
 
 __all__ = ["Estimator", "reverse_kl", "reverse_kl_from_statistics", "topk_statistics"]
 
@@ -130,12 +130,6 @@ class _ReverseKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0] * gradient.unsqueeze(-1), None
-
-
-def tempered(logits: Tensor, temperature: float | int) -> Tensor:
-    """logits / temperature in float32 or better; the logits themselves when that changes nothing."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1 else logits / temperature
 
 
 def _log_probs_at(ids: Tensor, logits: Tensor, temperature: float | int) -> Tensor:

@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from trimtab.core.simplex import entropy
+from trimtab.core.simplex import entropy, tempered
 from trimtab.distill.eos import StopIds, canonicalise
-from trimtab.distill.functional import reverse_kl, reverse_kl_from_statistics, tempered
+from trimtab.distill.functional import reverse_kl, reverse_kl_from_statistics
 
 __all__ = ["Comparison", "Head", "reverse_kl_of_hidden", "reverse_kl_of_statistics", "teacher_view"]
 
@@ -125,7 +125,7 @@ def reverse_kl_of_statistics(
 def teacher_view(hidden: Tensor, head: Head, tokens: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
     """The teacher's log q of `tokens` [positions] and its entropy there, in nats, from `hidden` [positions, d]."""
     stop_ids = comparison.stop_ids
-    if stop_ids is not None:  # each of the student's stop ids is the one stop event
+    if stop_ids is not None and stop_ids.masked:  # each of the student's stop ids is the one stop event
         own = torch.tensor(stop_ids.student, device=tokens.device)
         tokens = torch.where(torch.isin(tokens, own), stop_ids.written, tokens)
     log_probs, entropies = [], []

@@ -3,14 +3,15 @@
 Source: trust-region behaviour blending, arXiv 2605.31159: both models decode in lockstep on the same prefix, each
 with its own cache, and the next token is sampled from what a `RolloutPolicy` makes of their distributions.
 
-    blend = TrustRegionBlend(teacher, 0.02, attention_mask=inputs["attention_mask"])
-    student.generate(**inputs, do_sample=True, top_k=0, logits_processor=[blend])
+    blend = TrustRegionBlend(teacher, 0.02)
+    generate_guided(student, inputs, blend, GenerationConfig(max_new_tokens=64))
 
 Of each step, with l_S and l_T the two models' logits and tau the temperature: both are divided by tau, brought to one
 vocabulary with one stop id (`trimtab.distill.eos`), normalised to log p and log q, and the scores become log mu. They
 are final: nothing may follow, so `generate` samples at temperature 1 and without top-k or top-p, while what goes
-before (suppressed tokens, least lengths) acts on the student. A policy that needs no teacher never calls it,
-and leaves the scores as they are but for a temperature other than 1 and ids that the student must not write.
+before (suppressed tokens, least lengths) acts on the student; `generate_guided` sees to that. A policy that needs no
+teacher never calls it, and leaves the scores as they are but for a temperature other than 1 and ids that the student
+must not write.
 
 Rows that have stopped are not solved; the teacher goes on in them with tokens that nobody reads.
 """
@@ -29,12 +30,12 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation import GenerationMode
 
 from trimtab.core.errors import TrimtabError
+from trimtab.core.simplex import entropy, tempered
 from trimtab.distill.decoder import TeacherDecoder
 from trimtab.distill.eos import StopIds, canonicalise, suppressed_ids
-from trimtab.distill.functional import tempered
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
 
-__all__ = ["RECORDS", "TeacherGuided", "TrustRegionBlend", "generate_guided"]
+__all__ = ["RECORDS", "TeacherGuided", "TrustRegionBlend", "generate_guided", "plain_sampling"]
 
 RECORDS = ("blend_weight", "divergence", "student_entropy", "teacher_entropy", "teacher_log_prob")
 """What is kept of each token that was written: the trust region's beta, KL(mu || p), H(p), H(q), log q of the token."""
@@ -83,7 +84,7 @@ class TeacherGuided(LogitsProcessor):
     - `policy`, `step`: who writes, at which optimiser step.
     - `temperature`: of both models; the policy's own temperature multiplies the student's when it writes alone.
     - `stop_ids`: both models', made one, at which `generate` must end rows, as it does if the student's
-      `eos_token_id` names them; None leaves the logits, and then no row counts as stopped.
+      `eos_token_id` names them; None leaves the logits, and only `generate_guided` then knows where rows end.
     - `vocab_size`: where heads are padded to different sizes, the size of the common tokenizer.
     - `attention_mask` [prompts, length]: needed with left-padded prompts; several samples of a prompt share its row.
     - `cache_implementation`: the teacher's cache, "dynamic" or "static"; the latter needs `max_length`, the longest
@@ -91,9 +92,9 @@ class TeacherGuided(LogitsProcessor):
     - `record_top_k`: keep the teacher's statistics at so many of the student's likeliest ids of each token.
 
     Raises `TrimtabError` for a teacher in training mode or without a cache, for settings outside their range, and
-    while generating when texts do not grow by one token per call in the same rows (beam search, assisted
-    generation), when prompts look padded and no mask was given, when vocabularies do not fit, and for rows of logits
-    with NaN or nothing finite.
+    while generating when texts do not grow by one token per call in the same rows (assisted generation, and beams as
+    soon as two change places, which `generate_guided` refuses at once), when prompts look padded and no mask was
+    given, when vocabularies do not fit, and for rows of logits with NaN or nothing finite.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class TeacherGuided(LogitsProcessor):
         self.guided = policy.needs_teacher(step)
         self._decoder = TeacherDecoder(teacher, cache_implementation) if self.guided else None
         self._ids = torch.empty(0, 0, dtype=torch.long)
+        self._ends: tuple[int, ...] = () if stop_ids is None else stop_ids.student
         self._finished = torch.empty(0, dtype=torch.bool)
         self._pending: _Pending | None = None
         self._records: list[Tensor] = []
@@ -179,7 +181,8 @@ class TeacherGuided(LogitsProcessor):
         """With `record_top_k`: the student's likeliest ids and the teacher's log q there, both [batch, tokens, k].
 
         As `trimtab.distill.functional.topk_statistics` gives them at this temperature, of the models' common
-        vocabulary; 0 where a row had stopped. Raises `TrimtabError` if nothing was recorded.
+        vocabulary, and of scores that other processors may have masked; 0 where a row had stopped. Raises
+        `TrimtabError` if nothing was recorded.
         """
         if not self._top_ids:
             raise TrimtabError(f"There are no statistics: record_top_k={self.record_top_k}, guided={self.guided}.")
@@ -202,9 +205,9 @@ class TeacherGuided(LogitsProcessor):
             return None
         if input_ids.shape != (len(before), before.shape[1] + 1):
             raise _not_one_token(f"from {list(before.shape)} to {list(input_ids.shape)}")
-        if self.stop_ids is not None:
-            stops = torch.tensor(self.stop_ids.student, device=input_ids.device)
-            self._finished = self._finished | torch.isin(input_ids[:, -1], stops)
+        if self._ends:
+            ends = torch.tensor(self._ends, device=input_ids.device)
+            self._finished = self._finished | torch.isin(input_ids[:, -1], ends)
         return (input_ids[:, :-1] == before).all()
 
     def _going(self, alike: Tensor | None, device: torch.device) -> Tensor | None:
@@ -226,8 +229,8 @@ class TeacherGuided(LogitsProcessor):
         k = min(self.record_top_k, size)
         dtype = torch.promote_types(torch.promote_types(scores.dtype, logits.dtype), torch.float32)
         log_mu = torch.full((batch, head), -torch.inf, dtype=dtype, device=device)
-        if rows is not None and self.stop_ids is not None:
-            log_mu[:, self.stop_ids.written] = 0.0  # `generate` samples in rows that have stopped too, for nobody
+        if rows is not None:
+            log_mu[:, self._ends[0]] = 0.0  # `generate` samples in rows that have stopped too, for nobody
         log_q = torch.empty(batch, size, dtype=dtype, device=device)
         record = torch.full((len(RECORDS), batch), torch.nan, dtype=dtype, device=device)
         top_ids, top_log_probs = (
@@ -249,7 +252,7 @@ class TeacherGuided(LogitsProcessor):
             log_q[part] = log_q_part
             if behaviour.blend_weight is not None:
                 record[0, part] = behaviour.blend_weight
-            record[1:4, part] = torch.stack([behaviour.divergence, _entropy(log_p_part), _entropy(log_q_part)])
+            record[1:4, part] = torch.stack([behaviour.divergence, entropy(log_p_part), entropy(log_q_part)])
             if k:
                 ids = log_p_part.topk(k, dim=-1).indices
                 top_ids[part], top_log_probs[part] = ids, log_q_part.gather(-1, ids)
@@ -309,16 +312,20 @@ def generate_guided(
 
     `inputs` are the tokenizer's, padded on the left. `generation_config` says lengths, caches and stop ids; how to
     sample is the policy's business, so that the student's own temperature, top-k and the like are not in force, and
-    naming any here raises `TrimtabError`, as do beams and whatever else is not plain sampling. With the processor's
-    `stop_ids`, generation ends at the student's.
+    naming any here raises `TrimtabError`, as do beams and whatever else is not plain sampling. Texts end at the
+    student's of the processor's `stop_ids`, which `eos_token_id`, if given, must name all and no others; without them
+    at `eos_token_id`, by default the student's own.
     """
-    config = _plain_sampling(student, generation_config)
+    config = plain_sampling(student, generation_config)
+    named = student.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    ends = [] if named is None else named if isinstance(named, list) else [named]
     if processor.stop_ids is not None:
-        named = config.eos_token_id
-        if named is None:
-            config.eos_token_id = list(processor.stop_ids.student)
-        elif processor.stop_ids.written not in (named if isinstance(named, list) else [named]):
-            raise TrimtabError(f"eos_token_id={named} must hold {processor.stop_ids.written}, the student's stop id.")
+        ours = processor.stop_ids.student
+        if config.eos_token_id is not None and {*ends} != {*ours}:
+            raise TrimtabError(f"eos_token_id={named} must be {list(ours)}, the student's stop ids.")
+        ends = list(ours)
+    config.eos_token_id = ends or None
+    processor._ends = tuple(ends)
     if processor.attention_mask is None:
         processor.attention_mask = inputs.get("attention_mask")
     if processor.max_length is None and config.max_new_tokens is not None:
@@ -328,16 +335,18 @@ def generate_guided(
     return output
 
 
-# -- pieces ----------------------------------------------------------------------------------------
+def plain_sampling(student: Any, given: GenerationConfig | None) -> GenerationConfig:
+    """A copy of the configuration with nothing in it, nor left to the student's own, that would change mu afterwards.
 
-
-def _plain_sampling(student: Any, given: GenerationConfig | None) -> GenerationConfig:
+    Raises `TrimtabError` where it asks for such.
+    """
     config = GenerationConfig() if given is None else copy.deepcopy(given)
     for name, neutral in _NEUTRAL.items():
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             raise TrimtabError(
-                f"{name}={value} in generation_config: a rollout is plain sampling, so {neutral} is all."
+                f"{name}={value}: where the teacher writes along, texts are plain samples ({name}={neutral}), since "
+                "the divergence from the student is that of the distributions before any such change."
             )
         setattr(config, name, neutral)
     for name in _ABSENT:
@@ -351,16 +360,14 @@ def _plain_sampling(student: Any, given: GenerationConfig | None) -> GenerationC
     return config
 
 
+# -- pieces ----------------------------------------------------------------------------------------
+
+
 def _not_one_token(how: str) -> TrimtabError:
     return TrimtabError(
         f"The texts went on {how}, where each must grow by one token per call. Beam search and assisted generation "
         "cannot be guided, and each generate call needs a new processor."
     )
-
-
-def _entropy(log_p: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
-    # `core.simplex.entropy` without its gradient's sake: 0 * -inf is the only nan here.
-    return -log_p.exp().mul_(log_p).nansum(-1)
 
 
 def _parts(rows: Tensor | None, scores: Tensor) -> Sequence[slice | Tensor]:

@@ -6,7 +6,7 @@ orders of those before it must be drawn and passed over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -15,17 +15,20 @@ __all__ = ["InEpochs"]
 
 
 class InEpochs(Sampler):
-    """`sampler`, whose n-th iteration is that of epoch n: `set_epoch`, which trainers call, passes over the others."""
+    """`sampler`, whose orders before that of the run's `epoch()` are passed over.
 
-    def __init__(self, sampler: Any) -> None:
+    The run is asked, since on several processes accelerate tells a loader of skipped batches no epoch.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
         self.sampler = sampler
+        self.epoch = epoch
         self._begun = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        while self._begun < epoch:
-            next(iter(self))
-
     def __iter__(self) -> Iterator[int]:
+        while self._begun < int(self.epoch() or 0):
+            self._begun += 1
+            next(iter(self.sampler))
         self._begun += 1
         yield from self.sampler
 

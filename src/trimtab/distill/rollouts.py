@@ -13,7 +13,8 @@ Symbols, at one prefix: p the student, q the teacher, mu who writes; k the optim
     TeacherOnly         mu = q, for the first steps
 
 SKD lets the student propose a token and, where that is none of `top`, replaces it by a sample of the teacher's at
-temperature tau: mu is the distribution of what comes out. Budgets are in nats per token.
+temperature tau: mu is the distribution of what comes out. Budgets are in nats per token. What the student may not
+write (p = 0) nobody writes: q is the teacher's distribution over the other tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from trimtab.core.errors import TrimtabError, unknown
 from trimtab.core.schedules import linear_decay
-from trimtab.core.simplex import kl, trust_region_blend
+from trimtab.core.simplex import kl, trust_region
 
 __all__ = [
     "SKD",
@@ -70,7 +73,7 @@ class RolloutPolicy(ABC):
     def log_behaviour(
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
-        """mu at `step`, of the whole log-probabilities of student and teacher, tempered already."""
+        """mu at `step`, of the whole log-probabilities of student and teacher, tempered already; 0 where p is."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,8 @@ class TrustRegion(RolloutPolicy):
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise TrimtabError(f"epsilon={self.epsilon} must be finite and 0 or more (nats per token).")
-        _check_steps("warmup_steps", self.warmup_steps)
+        check_budget("epsilon", self.epsilon)
+        check_whole("warmup_steps", self.warmup_steps)
         if self.schedule not in ("linear", "constant"):
             raise unknown("schedule", self.schedule, ("linear", "constant"))
 
@@ -118,7 +120,7 @@ class TrustRegion(RolloutPolicy):
     ) -> Behaviour:
         if not self.needs_teacher(step):
             return _the_student(log_p)
-        return Behaviour(*trust_region_blend(log_p, log_q, self.budget(step)))
+        return Behaviour(*trust_region(log_p, log_q, self.budget(step)))
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,7 @@ class SKD(RolloutPolicy):
     teacher_temperature: float | int = 0.6
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise TrimtabError(f"top_k={self.top_k} must be at least 1.")
+        check_whole("top_k", self.top_k, least=1)
         _check_temperature("teacher_temperature", self.teacher_temperature)
 
     def needs_teacher(self, step: int) -> bool:
@@ -143,6 +144,7 @@ class SKD(RolloutPolicy):
     def log_behaviour(
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
+        log_q = _within(log_q, log_p)
         top = log_q.topk(min(self.top_k, log_q.shape[-1]), dim=-1).indices
         # Summed from what is rejected: 1 minus what is kept would be rounding alone where nearly all is kept.
         rejected = log_p.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
@@ -163,7 +165,7 @@ class TemperatureWarmup(RolloutPolicy):
 
     def __post_init__(self) -> None:
         _check_temperature("initial", self.initial)
-        _check_steps("steps", self.steps)
+        check_whole("steps", self.steps)
 
     def needs_teacher(self, step: int) -> bool:
         return False
@@ -187,8 +189,8 @@ class TeacherMixture(RolloutPolicy):
     teacher_weight: float | int = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.teacher_weight <= 1:
-            raise TrimtabError(f"teacher_weight={self.teacher_weight} must lie in [0, 1].")
+        if not (isinstance(self.teacher_weight, Real) and 0 <= self.teacher_weight <= 1):
+            raise TrimtabError(f"teacher_weight={self.teacher_weight!r} must lie in [0, 1].")
 
     def needs_teacher(self, step: int) -> bool:
         return self.teacher_weight > 0
@@ -197,6 +199,7 @@ class TeacherMixture(RolloutPolicy):
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
         teacher, student = (math.log(w) if w else -math.inf for w in (self.teacher_weight, 1 - self.teacher_weight))
+        log_q = _within(log_q, log_p)
         return _measured(torch.logaddexp(log_q + teacher, log_p + student), log_p)
 
 
@@ -210,7 +213,7 @@ class TeacherOnly(RolloutPolicy):
     steps: int
 
     def __post_init__(self) -> None:
-        _check_steps("steps", self.steps)
+        check_whole("steps", self.steps)
 
     def needs_teacher(self, step: int) -> bool:
         return step < self.steps
@@ -218,22 +221,33 @@ class TeacherOnly(RolloutPolicy):
     def log_behaviour(
         self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"], step: int
     ) -> Behaviour:
-        return _measured(log_q, log_p) if self.needs_teacher(step) else _the_student(log_p)
+        return _measured(_within(log_q, log_p), log_p) if self.needs_teacher(step) else _the_student(log_p)
 
 
 def _the_student(log_p: Tensor) -> Behaviour:
     return Behaviour(log_p, None, log_p.new_zeros(log_p.shape[:-1]))
 
 
+def _within(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """The teacher's distribution over what the student may write; itself where that is everything."""
+    outside = log_p == -torch.inf
+    return log_q.masked_fill(outside, -torch.inf).log_softmax(-1) if bool(outside.any()) else log_q
+
+
 def _measured(log_mu: Tensor, log_p: Tensor) -> Behaviour:
     return Behaviour(log_mu, None, kl(log_mu, log_p))
 
 
-def _check_steps(name: str, value: int) -> None:
-    if value < 0:
-        raise TrimtabError(f"{name}={value} must be 0 or more.")
+def check_budget(name: str, value: Any) -> None:
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) >= 0):
+        raise TrimtabError(f"{name}={value!r} must be finite and 0 or more (nats per token).")
 
 
-def _check_temperature(name: str, value: float | int) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise TrimtabError(f"{name}={value} must be positive and finite.")
+def check_whole(name: str, value: Any, least: int = 0) -> None:
+    if not (isinstance(value, Integral) and int(value) >= least):
+        raise TrimtabError(f"{name}={value!r} must be a whole number, {least} or more.")
+
+
+def _check_temperature(name: str, value: Any) -> None:
+    if not (isinstance(value, Real) and math.isfinite(value) and float(value) > 0):
+        raise TrimtabError(f"{name}={value!r} must be positive and finite.")

@@ -7,7 +7,7 @@ the start of the same stream of prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _teacher_answers(trainer: TRBTrainer, steps: int, each: int) -> list[dict[st
     trainer.model.train()
     answers = []
     try:
-        for examples in islice(trainer.get_train_dataloader(), 0, steps * repeats, repeats):
+        for examples in islice(_passes(trainer.get_train_dataloader()), 0, steps * repeats, repeats):
             prompts, images, others = trainer._tokenize_prompts([example["prompt"] for example in examples])
             prompts = [prompt for prompt in prompts for _ in range(each)]
             written = trainer._generate_single_turn(prompts, images, others)
@@ -82,6 +82,17 @@ def _teacher_answers(trainer: TRBTrainer, steps: int, each: int) -> list[dict[st
     finally:
         trainer.rollout_policy = policy
     return gather_object(answers)
+
+
+def _passes(loader: Iterable[Any]) -> Iterator[Any]:
+    """One pass over the prompts after the other, as in training."""
+    while True:
+        nothing = True
+        for examples in loader:
+            yield examples
+            nothing = False
+        if nothing:
+            raise TrimtabError("train_dataset has fewer prompts than a step takes.")
 
 
 def _settings(trainer: TRBTrainer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,11 +29,18 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from trimtab.core.errors import TrimtabError
-from trimtab.distill.compatibility import check_comparison, check_sampling, common_tokens, differ_in_size, own_config
+from trimtab.distill.compatibility import (
+    check_comparison,
+    common_tokens,
+    differ_in_size,
+    own_config,
+    teachers_tokenizer,
+)
+from trimtab.distill.decoder import TeacherDecoder
 from trimtab.distill.eos import StopIds, suppressed_ids
 from trimtab.distill.loss import Comparison, Head, reverse_kl_of_hidden, reverse_kl_of_statistics, teacher_view
 from trimtab.distill.metrics import RolloutMetrics
-from trimtab.distill.processor import TeacherGuided, generate_guided
+from trimtab.distill.processor import TeacherGuided, generate_guided, plain_sampling
 from trimtab.distill.prompts import InEpochs
 from trimtab.distill.rollouts import RolloutPolicy, TrustRegion
 from trimtab.methods import bibtex, find
@@ -40,6 +48,17 @@ from trimtab.methods import bibtex, find
 __all__ = ["TRBTrainer"]
 
 logger = get_logger(__name__)
+
+# Settings of generation that mask what the loss does not.
+_MASKING = (
+    "suppress_tokens",
+    "min_length",
+    "min_new_tokens",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 
 
 class TRBTrainer(DistillationTrainer):
@@ -98,7 +117,6 @@ class TRBTrainer(DistillationTrainer):
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if teacher_model is None:
             raise TrimtabError("teacher_model=None: give the teacher, or its name in args.teacher_model_name_or_path.")
-        check_sampling(args, self.rollout_policy)
         padded = differ_in_size(model, teacher_model, args)
         super().__init__(
             model=model,
@@ -115,20 +133,23 @@ class TRBTrainer(DistillationTrainer):
         )
         if padded:
             self.teacher_model = self._prepare_teacher(teacher_model)
-        self._check_backend()
-        vocab_size = common_tokens(self._tokenizer, teacher_model, teacher_processing_class, args)
-        self.stop_ids = self._common_stop_ids()
+        self._check_offload()
+        teachers = teachers_tokenizer(teacher_model, teacher_processing_class, args)
+        tokens = common_tokens(self._tokenizer, teachers)
+        # Ids that no head has, as Gemma 3's tokenizer has one, cannot be written.
+        head = min(each.config.get_text_config().vocab_size for each in (self.model, self._teacher))
+        self.stop_ids = self._common_stop_ids(self._tokenizer if teachers is None else teachers)
         self.comparison = Comparison(
             estimator=args.loss_estimator,
             k=args.loss_top_k,
             temperature=args.temperature,
             stop_ids=self.stop_ids,
-            vocab_size=vocab_size if padded else None,
+            vocab_size=min(tokens, head) if padded else None,
         )
-        size = min(each.config.get_text_config().vocab_size for each in (self.model, self._teacher))
-        check_comparison(self.comparison, self.beta, size, vocab_size)
+        check_comparison(self.comparison, self.beta, head)
         self._own_loss = not self.comparison.is_trls
         self._suppress()
+        self._check_guidance()
         self._rollouts = RolloutMetrics()
         self._statistics: tuple[Tensor, Tensor] | None = None
         self._teacher_hidden: Any = None
@@ -142,6 +163,7 @@ class TRBTrainer(DistillationTrainer):
             settings = {"trust_remote_code": self.args.trust_remote_code, **(self.args.teacher_model_init_kwargs or {})}
             if self.args.teacher_model_revision is not None:
                 settings.setdefault("revision", self.args.teacher_model_revision)
+            settings.setdefault("dtype", None)  # the one that it was saved in
             if self.args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 settings["device_map"] = None
             teacher = create_model_from_path(teacher, **settings)
@@ -151,9 +173,41 @@ class TRBTrainer(DistillationTrainer):
             return prepare_deepspeed(teacher, self.accelerator)
         return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
-    def _check_backend(self) -> None:
-        if self._dist.fsdp_version == 1 and self.rollout_policy.needs_teacher(0):
+    def _check_guidance(self) -> None:
+        """Refused now, and not in the middle of a run: what two models cannot do together, at whichever step."""
+        if not any(map(self.rollout_policy.needs_teacher, range(self._steps()))):
+            return
+        if self._dist.fsdp_version == 1:
             raise TrimtabError("fsdp_version=1: a teacher that writes along needs fsdp_version=2.")
+        plain_sampling(self.model, self._guided_config())
+        self.teacher_model.eval()
+        TeacherDecoder(self._teacher, self._teachers_cache)
+
+    def _steps(self) -> int:
+        """How many the run will have."""
+        args = self.args
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        answers = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return math.ceil(args.num_train_epochs * len(self.train_dataset) / answers)
+
+    def _guided_config(self) -> Any:
+        """TRL's, without the temperature, which is the processor's part."""
+        config = copy.deepcopy(self.generation_config)
+        for name, ours in (("temperature", self.temperature), ("eos_token_id", self.eos_token_ids)):
+            if getattr(config, name) != ours:
+                raise TrimtabError(
+                    f"{name}={getattr(config, name)} in generation_kwargs: where the teacher writes along it is that "
+                    f"of the loss, {ours}."
+                )
+        config.temperature = 1.0
+        return config
+
+    @property
+    def _teachers_cache(self) -> str:
+        return self.args.cache_implementation or "dynamic"
+
+    def _check_offload(self) -> None:
         if not self.args.offload_teacher:
             return
         teacher = self._teacher
@@ -166,41 +220,54 @@ class TRBTrainer(DistillationTrainer):
             if held:
                 raise TrimtabError(f"offload_teacher=True: {reason}, so that it cannot be moved to the CPU and back.")
 
-    def _common_stop_ids(self) -> StopIds:
-        """The student's, at which TRL ends completions as well, and the teacher's."""
+    def _common_stop_ids(self, teachers_tokenizer: Any) -> StopIds:
+        """The student's, at which TRL ends completions as well, and the teacher's, its tokenizer's among them too."""
         if self.args.student_stop_ids is not None:
             self.eos_token_ids = list(self.args.student_stop_ids)
             self.generation_config.eos_token_id = self.eos_token_ids
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+            if self.use_vllm:
+                ends = {"stop_token_ids": self.eos_token_ids, "ignore_eos": True}
+                self.vllm_generation.generation_kwargs = ends | self.vllm_generation.generation_kwargs
         teacher = self.args.teacher_stop_ids
         if teacher is None:
-            teacher = self._teacher.generation_config.eos_token_id
-        if teacher is None:
-            teacher = self.eos_token_ids
-        teacher = teacher if isinstance(teacher, list) else [teacher]
+            own = self._teacher.generation_config.eos_token_id
+            named = [*(own if isinstance(own, list) else [own]), teachers_tokenizer.eos_token_id]
+            teacher = [token for token in named if token is not None]
         return StopIds(*(tuple(dict.fromkeys(ids)) for ids in (self.eos_token_ids, teacher)))
 
     def _suppress(self) -> None:
         """The student alone must not write what is no token of both models, or stops the teacher only."""
         head = self.model.config.get_text_config().vocab_size
         ids = suppressed_ids(self.stop_ids, head, self.comparison.vocab_size)
+        # What is masked besides: then the scores that the teacher's statistics are recorded of are not the loss's.
+        configs = (self.generation_config, self.model.generation_config)
+        suppressed, *others = (
+            next(filter(None, (getattr(config, name, None) for config in configs)), None) for name in _MASKING
+        )
+        given = {*(suppressed or ())} - {*ids}
+        self._masks_more = bool(given) or any(others)
         if not ids:
             return
-        ids = tuple(sorted({*ids, *(self.generation_config.suppress_tokens or ())}))
+        ids = tuple(sorted({*ids, *given}))
         self.generation_config.suppress_tokens = list(ids)
         self.generation_kwargs["suppress_tokens"] = list(ids)
         if self.use_vllm:  # which knows biases only
-            given = self.vllm_generation.generation_kwargs
-            given["logit_bias"] = {**dict.fromkeys(ids, -100.0), **given.get("logit_bias", {})}
+            settings = self.vllm_generation.generation_kwargs
+            bias = dict.fromkeys(ids, -100.0) | settings.get("logit_bias", {})
+            self.vllm_generation.generation_kwargs = settings | {"logit_bias": bias}
 
     def _get_train_sampler(self, dataset: Any = None) -> InEpochs:
-        return InEpochs(super()._get_train_sampler(dataset))
+        return InEpochs(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     # -- rollouts ----------------------------------------------------------------------------------
 
     @property
     def _teacher(self) -> Any:
-        return self.accelerator.unwrap_model(self.teacher_model)
+        return self._bare(self.teacher_model)
+
+    def _bare(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     @property
     def _guided(self) -> bool:
@@ -235,10 +302,11 @@ class TRBTrainer(DistillationTrainer):
 
         begin = time.perf_counter()
         if self._guided:
-            if images is not None or multimodal_fields:
+            seen = sorted(name for name in multimodal_fields if not name.endswith("token_type_ids"))
+            if images is not None or seen:
                 raise TrimtabError(
-                    f"prompts with images or {sorted(multimodal_fields)}: the teacher reads tokens only while it "
-                    "writes along. Set trust_region_epsilon=0.0, or a rollout_policy that needs no teacher."
+                    f"prompts with images or {seen}: the teacher reads tokens only while it writes along. Set "
+                    "trust_region_epsilon=0.0, or a rollout_policy that needs no teacher."
                 )
             completion_ids = self._write_with_teacher(write)
         else:
@@ -259,7 +327,7 @@ class TRBTrainer(DistillationTrainer):
                 "long as the teacher writes along, and vLLM those after it."
             )
         self.teacher_model.eval()
-        recorded = 0 if self.comparison.estimator == "full" or self.tools else self.comparison.k
+        recorded = 0 if self.comparison.estimator == "full" or self.tools or self._masks_more else self.comparison.k
         processor = TeacherGuided(
             self._teacher,
             self.rollout_policy,
@@ -267,16 +335,22 @@ class TRBTrainer(DistillationTrainer):
             temperature=self.temperature,
             stop_ids=self.stop_ids,
             vocab_size=self.comparison.vocab_size,
-            cache_implementation=self.args.cache_implementation or "dynamic",
+            cache_implementation=self._teachers_cache,
             record_top_k=recorded,
         )
-        student = self.accelerator.unwrap_model(self.model_wrapped)
+        student = self._bare(self.model_wrapped)
+        before = {name: value for name, value in vars(student).items() if name == "generate"}
+
+        def restore() -> None:
+            del student.generate
+            vars(student).update(before)
 
         def generate(*, generation_config: Any, **inputs: Tensor) -> Any:
-            del student.generate
-            config = copy.deepcopy(generation_config)
-            config.temperature = 1.0  # the processor's part
-            return generate_guided(student, inputs, processor, config)
+            restore()
+            try:
+                return generate_guided(student, inputs, processor, self._guided_config())
+            finally:
+                student.generate = generate
 
         use_vllm, self.use_vllm = self.use_vllm, False
         student.generate = generate
@@ -284,7 +358,7 @@ class TRBTrainer(DistillationTrainer):
             completion_ids = write()
         finally:
             self.use_vllm = use_vllm
-            vars(student).pop("generate", None)
+            restore()
         self._rollouts.add_records(processor.records())
         if recorded:
             self._statistics = processor.statistics()
@@ -343,7 +417,7 @@ class TRBTrainer(DistillationTrainer):
             total, entropy = reverse_kl_of_statistics(hidden, Head.of(student), ids, log_probs, self.comparison)
         else:
             self.teacher_model.eval()
-            teacher = self._teacher
+            teacher = self.accelerator.unwrap_model(self.teacher_model)
             with torch.no_grad():
                 theirs = self._forward_redirection(
                     self.teacher_model, teacher, self._get_last_hidden_state, teacher, *sequences, **images
@@ -365,7 +439,7 @@ class TRBTrainer(DistillationTrainer):
 
     def _get_last_hidden_state(self, unwrapped_model: Any, *args: Any, **kwargs: Any) -> Tensor:
         hidden: Tensor = super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
-        if self._views_always and unwrapped_model is self._teacher:
+        if self._views_always and self._bare(unwrapped_model) is self._teacher:
             self._teacher_hidden = hidden
         return hidden
 
